@@ -1,0 +1,1 @@
+"""Checkpoints on disk: Hugging Face directories, quantized or not, and GGUF files."""
