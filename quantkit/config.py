@@ -107,7 +107,9 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ConfigError(f"{self.name}: head_dim is {self.head_dim}; RoPE needs an even one")
         if self.sliding_window is not None and self.sliding_window <= 0:
-            raise ConfigError(f"{self.name}: sliding_window is {self.sliding_window}; it must be above 0 or null")
+            raise ConfigError(
+                f"{self.name}: sliding_window is {self.sliding_window}; it must be above 0 or null"
+            )
         if self.dtype not in DTYPE_BITS:
             raise ConfigError(f"{self.name}: dtype {self.dtype!r} is not one of {', '.join(DTYPE_BITS)}")
 
@@ -201,7 +203,9 @@ def config_from_dict(raw: Mapping[str, Any], name: str, where: str) -> ModelConf
     head_dim = raw.get("head_dim")
     if head_dim is None:
         if hidden % heads:
-            raise ConfigError(f"{where}: hidden_size {hidden} is no multiple of {heads} heads and head_dim is absent")
+            raise ConfigError(
+                f"{where}: hidden_size {hidden} is no multiple of {heads} heads and head_dim is absent"
+            )
         head_dim = hidden // heads
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
@@ -216,7 +220,9 @@ def config_from_dict(raw: Mapping[str, Any], name: str, where: str) -> ModelConf
         intermediate_size=need.integer("intermediate_size"),
         n_layers=need.integer("num_hidden_layers"),
         n_heads=heads,
-        n_kv_heads=need.integer("num_key_value_heads") if raw.get("num_key_value_heads") is not None else heads,
+        n_kv_heads=need.integer("num_key_value_heads")
+        if raw.get("num_key_value_heads") is not None
+        else heads,
         head_dim=head_dim,
         max_context=need.integer("max_position_embeddings"),
         rope_theta=theta,
@@ -242,7 +248,9 @@ class _Needed:
     def number(self, key: str) -> float:
         value = self.raw.get(key)
         if value is None:
-            raise ConfigError(f"{self.where}: the key {key!r} is missing; the model cannot be built without it")
+            raise ConfigError(
+                f"{self.where}: the key {key!r} is missing; the model cannot be built without it"
+            )
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{self.where}: {key!r} is {value!r}, not a number")
         return float(value)
@@ -304,5 +312,7 @@ def _sliding_window(raw: Mapping[str, Any], architecture: str, where: str) -> in
             return None
         kinds = set(raw.get("layer_types") or ["mixed"])
         if kinds != {"sliding_attention"}:
-            raise ConfigError(f"{where}: layers with and without a sliding window are not supported in one model")
+            raise ConfigError(
+                f"{where}: layers with and without a sliding window are not supported in one model"
+            )
     return int(window)

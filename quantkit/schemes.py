@@ -165,7 +165,9 @@ def _chosen(config: ModelConfig, include: Sequence[str], exclude: Sequence[str])
     names = [spec.name for spec in config.tensors]
     for pattern in (*include, *exclude):
         if not any(_matches(name, pattern) for name in names):
-            hint = "; the head is tied to the embedding" if config.tie_embeddings and "head" in pattern else ""
+            hint = (
+                "; the head is tied to the embedding" if config.tie_embeddings and "head" in pattern else ""
+            )
             raise SchemeError(f"the pattern {pattern!r} matches no tensor of {config.name}{hint}")
     for spec in config.tensors:
         included = any(_matches(spec.name, pattern) for pattern in include)

@@ -73,5 +73,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
         return GGUFCheckpoint(path)
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist: name a model directory with config.json, or a .gguf file")
+        raise CheckpointError(
+            f"{path} does not exist: name a model directory with config.json, or a .gguf file"
+        )
     raise CheckpointError(f"{path} is neither a model directory nor a .gguf file")

@@ -1,0 +1,188 @@
+"""The safetensors container: a header read without torch, tensors mapped, shards written as a stream.
+
+Format: an 8-byte little-endian length, that many bytes of JSON, then the tensors' bytes without
+holes (https://github.com/huggingface/safetensors#format). The package of that name maps a whole
+file and keeps what it touched resident; quantizing a checkpoint that is larger than memory needs
+pages given back and tensors written one at a time, hence this reader and writer.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+    "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+FLOAT_DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+_TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
+    "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+_MAX_HEADER = 100_000_000  # the format's own limit
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: dtype by its safetensors name, shape, byte range in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+class SafetensorsFile:
+    """One file: `entries` by name, and tensors mapped from it.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or its header is broken.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if size < 8 or length > min(size - 8, _MAX_HEADER):
+                    raise CheckpointError(
+                        f"{path} is truncated or no safetensors file: its header does not fit"
+                    )
+                raw = file.read(length)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        self._data_start = 8 + length
+        self.entries = self._parse(raw, size)
+        self._map: mmap.mmap | None = None
+
+    def _parse(self, raw: bytes, size: int) -> dict[str, Entry]:
+        try:
+            header = json.loads(raw)
+            header.pop("__metadata__", None)
+            entries = {name: self._entry(name, value) for name, value in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{self.path} has a broken header: {error}") from None
+        for name, entry in entries.items():
+            if entry.end > size:
+                raise CheckpointError(
+                    f"{self.path} is truncated: {name} ends at byte {entry.end:,} of a file of {size:,}"
+                )
+        return entries
+
+    def _entry(self, name: str, value: dict[str, Any]) -> Entry:
+        dtype, shape = value["dtype"], tuple(value["shape"])
+        begin, end = value["data_offsets"]
+        if dtype not in DTYPE_BYTES:
+            raise CheckpointError(f"{self.path}: {name} has the unknown dtype {dtype}")
+        expected = DTYPE_BYTES[dtype]
+        for size in shape:
+            expected *= size
+        if begin < 0 or end - begin != expected:
+            raise CheckpointError(
+                f"{self.path}: {name} takes {end - begin:,} bytes, but {dtype} {list(shape)} needs {expected:,}"
+            )
+        return Entry(dtype, shape, self._data_start + begin, self._data_start + end)
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return a small tensor's raw bytes, without torch."""
+        entry = self.entries[name]
+        with self.path.open("rb") as file:
+            file.seek(entry.start)
+            return file.read(entry.nbytes)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor mapped privately from the file: writing to it never reaches the disk."""
+        import torch
+
+        entry = self.entries[name]
+        dtype = getattr(torch, _TORCH_NAMES[entry.dtype])
+        if entry.nbytes == 0:
+            return torch.empty(entry.shape, dtype=dtype)
+        if self._map is None:
+            with self.path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        data = torch.frombuffer(self._map, dtype=torch.uint8, count=entry.nbytes, offset=entry.start)
+        if entry.start % dtype.itemsize:
+            data = data.clone()  # an odd neighbour before it: views need alignment
+        return data.view(dtype).view(entry.shape)
+
+    def drop_pages(self) -> None:
+        """Give the mapped pages back; the next access reads them again."""
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class ShardWriter:
+    """Writes one safetensors file tensor by tensor; `close` fills the header in.
+
+    The header's room is reserved from the number of tensors expected. Tensors whose size would
+    leave the next one misaligned wait in memory until the end; they are tiny.
+    """
+
+    def __init__(self, path: Path, expected_names: list[str]) -> None:
+        self.path = path
+        longest_entry = 120  # dtype, shape and offsets in JSON, with room to spare
+        room = sum(len(json.dumps(name)) + longest_entry for name in expected_names) + 64
+        self._header_bytes = room + -(room + 8) % _ALIGNMENT
+        self._file = path.open("wb")
+        self._file.seek(8 + self._header_bytes)
+        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._late: list[tuple[str, torch.Tensor]] = []
+        self.data_bytes = 0
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append a CPU tensor of any dtype."""
+        if tensor.nbytes % _ALIGNMENT:
+            self._late.append((name, tensor.clone()))
+            return
+        self._append(name, tensor)
+
+    def _append(self, name: str, tensor: torch.Tensor) -> None:
+        import torch
+
+        torch_name = str(tensor.dtype).removeprefix("torch.")
+        dtype = next(key for key, value in _TORCH_NAMES.items() if value == torch_name)
+        begin = self.data_bytes
+        self.data_bytes += tensor.nbytes
+        self._header[name] = {
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, self.data_bytes],
+        }
+        if tensor.nbytes:
+            self._file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+
+    def close(self) -> None:
+        """Write what waited and the header, and flush to the disk."""
+        import os
+
+        for name, tensor in sorted(self._late, key=lambda item: -item[1].dtype.itemsize):
+            self._append(name, tensor)
+        raw = json.dumps(self._header, separators=(",", ":")).encode()
+        if len(raw) > self._header_bytes:
+            raise AssertionError("more tensors were written than the header has room for")
+        self._file.seek(0)
+        self._file.write(self._header_bytes.to_bytes(8, "little") + raw.ljust(self._header_bytes))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Close the file without completing it."""
+        self._file.close()
