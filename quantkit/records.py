@@ -1,0 +1,103 @@
+"""Versioned JSON records of runs: what was run, on what, what came out.
+
+A record is a JSON object with `format` ("quantkit-record"), `version`, `kind` ("estimate" or
+"perplexity"), `created` (UTC), `quantkit` (its version), `environment`, and `body`, which is what the
+command of that kind prints with `--json`. Reports read records and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from quantkit import __version__
+from quantkit.errors import OutputError, RecordError
+
+FORMAT = "quantkit-record"
+VERSION = 1
+KINDS = ("estimate", "perplexity")
+_VERSIONED_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "gguf")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run; see the module's text for the fields."""
+
+    kind: str
+    body: dict[str, Any]
+    created: str
+    quantkit: str
+    environment: dict[str, str]
+
+
+def new_record(kind: str, body: Mapping[str, Any]) -> Record:
+    """Return a record of what has just been run, with the versions and machine it ran on."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Record(kind, dict(body), now, __version__, _environment())
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    value = {"format": FORMAT, "version": VERSION, **record.__dict__}
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file beside its place, then rename it there.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_record(path: Path) -> Record:
+    """Return the record in `path`.
+
+    Raises:
+        RecordError: it is missing, no record of quantkit's, or of an unknown version or kind.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path} cannot be read as a record: {error}") from None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise RecordError(f"{path} is no quantkit record: its 'format' is not {FORMAT!r}")
+    if value.get("version") != VERSION or value.get("kind") not in KINDS:
+        raise RecordError(
+            f"{path} is a record of version {value.get('version')} and kind {value.get('kind')!r}; "
+            f"this quantkit reads version {VERSION} of {', '.join(KINDS)}"
+        )
+    try:
+        return Record(**{name: value[name] for name in Record.__dataclass_fields__})
+    except KeyError as error:
+        raise RecordError(f"{path} lacks the field {error}") from None
+
+
+def _environment() -> dict[str, str]:
+    found = {"python": platform.python_version(), "machine": platform.machine(), "cpus": str(os.cpu_count())}
+    for package in _VERSIONED_PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
