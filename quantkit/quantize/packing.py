@@ -31,15 +31,15 @@ _WORD_BYTES = 4
 
 
 def pack_low_first(codes: torch.Tensor) -> torch.Tensor:
-    """Pack uint8 codes 0..15 of shape (N, K) into (N, ceil(K / 2)), the even element in the low nibble."""
-    if codes.shape[1] % 2:
+    """Pack uint8 codes 0..15 of shape (..., K) into (..., ceil(K / 2)), the even element in the low nibble."""
+    if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
-    return codes[:, ::2] | (codes[:, 1::2] << 4)
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
 def unpack_low_first(packed: torch.Tensor, cols: int) -> torch.Tensor:
-    """Undo `pack_low_first`: (N, ceil(cols / 2)) bytes to (N, cols) uint8 codes."""
-    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(1)[:, :cols]
+    """Undo `pack_low_first`: (..., ceil(cols / 2)) bytes to (..., cols) uint8 codes."""
+    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)[..., :cols]
 
 
 def pack_high_first(codes: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ def to_words(rows: torch.Tensor) -> torch.Tensor:
     short = -rows.shape[1] % _WORD_BYTES
     if short:
         rows = torch.nn.functional.pad(rows, (0, short))
-    return rows.contiguous().view(torch.int32)
+    return rows.reshape(-1).view(torch.int32).view(rows.shape[0], -1)  # a single row's stride may be any
 
 
 def from_words(words: torch.Tensor, row_bytes: int) -> torch.Tensor:
@@ -70,5 +70,5 @@ def pack_zeros(zeros: torch.Tensor) -> torch.Tensor:
 
 def unpack_zeros(words: torch.Tensor, rows: int) -> torch.Tensor:
     """Undo `pack_zeros`: int32 (ceil(N / 8), G) to uint8 (N, G)."""
-    columns = words.T.contiguous().view(torch.uint8)  # (G, 4 * ceil(N / 8))
+    columns = words.T.reshape(-1).view(torch.uint8).view(words.shape[1], -1)  # (G, 4 * ceil(N / 8))
     return unpack_low_first(columns, rows).T.contiguous()

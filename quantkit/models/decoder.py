@@ -1,0 +1,197 @@
+"""The whole forward pass of Llama, Mistral and Qwen2: pre-norm blocks of attention and SwiGLU.
+
+B batch, T tokens of this call, S keys attended to. Where implementations differ, this one follows
+transformers: RMSNorm casts back before it multiplies by its weight, RoPE is half-split, cosines are
+rounded to the compute dtype, a window of W lets a token see itself and the W - 1 before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from quantkit.config import ModelConfig
+from quantkit.models.kv_cache import KVCache
+from quantkit.models.linear import Linear
+from quantkit.tensor import QuantizedTensor
+
+Weight = torch.Tensor | QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """The weights of one layer."""
+
+    attention_norm: torch.Tensor
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    ffn_norm: torch.Tensor
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+class Decoder:
+    """A model ready to run.
+
+    Args:
+        config: shapes and constants.
+        weights: every tensor of `config.tensors` by name, plain ones in `dtype`.
+        dtype: compute dtype.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Weight], dtype: torch.dtype) -> None:
+        self.config, self.dtype = config, dtype
+        self.weights = dict(weights)
+        self.embedding = self._plain("model.embed_tokens.weight")
+        self.blocks = [self._block(f"model.layers.{layer}") for layer in range(config.n_layers)]
+        self.norm = self._plain("model.norm.weight")
+        self.head = Linear(self.embedding) if config.tie_embeddings else self._linear("lm_head")
+        self._inverse_frequencies = rope_frequencies(config).to(self.embedding.device)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all weights as held: codes, scales and plain tensors; a tied head counts once."""
+        return sum(weight.nbytes for weight in self.weights.values())
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def new_cache(self, batch: int, max_tokens: int, kv_bits: int | None = None) -> KVCache:
+        """Return an empty cache for sequences of up to `max_tokens`."""
+        return KVCache(self.config, batch, max_tokens, self.dtype, kv_bits, self.device)
+
+    @torch.inference_mode()
+    def forward(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Run T tokens through all layers and return their final, normed states (B, T, hidden).
+
+        Args:
+            ids: (B, T) token ids, which follow what `cache` holds.
+            cache: extended by T tokens.
+        """
+        tokens = ids.shape[1]
+        cache.check_room(tokens)
+        x = F.embedding(ids, self.embedding)  # (B, T, hidden)
+        rope = self._rope(cache.length, tokens)
+        mask = cache.mask(tokens)
+        for layer, block in enumerate(self.blocks):
+            h = self._rms_norm(x, block.attention_norm)
+            x = x + self._attention(h, layer, block, rope, mask, cache)
+            h = self._rms_norm(x, block.ffn_norm)
+            x = x + block.down(F.silu(block.gate(h)) * block.up(h))
+        cache.advance(tokens)
+        return self._rms_norm(x, self.norm)
+
+    @torch.inference_mode()
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits (..., vocab) of final states (..., hidden)."""
+        return self.head(states).float()
+
+    def prefill(self, ids: torch.Tensor, cache: KVCache, chunk: int = 2048) -> torch.Tensor:
+        """Run a prompt (B, T) in chunks and return the float32 logits (B, vocab) of its last token."""
+        for piece in ids.split(chunk, dim=1):
+            states = self.forward(piece, cache)
+        return self.logits(states[:, -1])
+
+    def _attention(
+        self,
+        h: torch.Tensor,
+        layer: int,
+        block: Block,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+        cache: KVCache,
+    ) -> torch.Tensor:
+        batch, tokens, _ = h.shape
+        heads = (batch, tokens, -1, self.config.head_dim)
+        q = rotate(block.q(h).view(heads).transpose(1, 2), *rope)  # (B, n_heads, T, head_dim)
+        k = rotate(block.k(h).view(heads).transpose(1, 2), *rope)  # (B, n_kv_heads, T, head_dim)
+        v = block.v(h).view(heads).transpose(1, 2)
+        keys, values = cache.extend(layer, k, v)  # (B, n_kv_heads, S, head_dim)
+        return block.o(attend(q, keys, values, mask).transpose(1, 2).flatten(2))
+
+    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.config.norm_eps)
+        return weight * normed.to(x.dtype)
+
+    def _rope(self, start: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and sines (T, head_dim) of positions from `start`, in the compute dtype."""
+        positions = torch.arange(start, start + tokens, device=self.device, dtype=torch.float32)
+        angles = torch.outer(positions, self._inverse_frequencies).repeat(1, 2)
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+    def _block(self, prefix: str) -> Block:
+        return Block(
+            attention_norm=self._plain(f"{prefix}.input_layernorm.weight"),
+            q=self._linear(f"{prefix}.self_attn.q_proj"),
+            k=self._linear(f"{prefix}.self_attn.k_proj"),
+            v=self._linear(f"{prefix}.self_attn.v_proj"),
+            o=self._linear(f"{prefix}.self_attn.o_proj"),
+            ffn_norm=self._plain(f"{prefix}.post_attention_layernorm.weight"),
+            gate=self._linear(f"{prefix}.mlp.gate_proj"),
+            up=self._linear(f"{prefix}.mlp.up_proj"),
+            down=self._linear(f"{prefix}.mlp.down_proj"),
+        )
+
+    def _linear(self, module: str) -> Linear:
+        bias = f"{module}.bias"
+        return Linear(self.weights[f"{module}.weight"], self._plain(bias) if bias in self.weights else None)
+
+    def _plain(self, name: str) -> torch.Tensor:
+        weight = self.weights[name]
+        assert isinstance(weight, torch.Tensor), f"{name} cannot be quantized"
+        return weight
+
+
+def attend(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Return softmax(q K^T / sqrt(head_dim)) V, (B, n_heads, T, head_dim), heads sharing keys in groups.
+
+    Args:
+        q: (B, n_heads, T, head_dim).
+        keys: (B, n_kv_heads, S, head_dim).
+        values: likewise.
+        mask: bool (T, S); None is the causal triangle, or every key for a single token.
+    """
+    batch, n_heads, tokens, head_dim = q.shape
+    if tokens == 1:  # the heads of a group stand in for queries, so keys are not repeated
+        grouped = q.view(batch, keys.shape[1], -1, head_dim)
+        return F.scaled_dot_product_attention(grouped, keys, values).view(q.shape)
+    return F.scaled_dot_product_attention(
+        q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=n_heads != keys.shape[1]
+    )
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply half-split RoPE to x (B, heads, T, head_dim): element i pairs with i + head_dim / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def rope_frequencies(config: ModelConfig) -> torch.Tensor:
+    """Return the float32 rotation per position of each pair, (head_dim / 2,).
+
+    Llama-3 scaling leaves wavelengths shorter than the original context / high_freq_factor alone,
+    divides those longer than it / low_freq_factor by `factor`, and blends between (Llama 3.1's
+    `apply_scaling`, https://github.com/meta-llama/llama-models).
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_divisors is not None:
+        return frequencies / torch.tensor(config.rope_divisors)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0.0, 1.0)
+    return frequencies * (blend + (1 - blend) / scaling.factor)
