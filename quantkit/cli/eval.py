@@ -1,0 +1,93 @@
+"""`quantkit eval`: perplexity of a model and of what quantization makes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quantkit.cli import options
+
+if TYPE_CHECKING:
+    from quantkit.evaluate.run import Evaluation
+
+
+@click.command("eval")
+@click.argument("model")
+@click.option("--scheme", "schemes", multiple=True, metavar="NAME", help="Also quantize to this; repeatable.")
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 file; default: Python's language reference.")
+@click.option("--dataset", type=click.Choice(["wikitext2"]), help="Fetch this text from the Hub.")
+@click.option("--window", type=click.IntRange(2), help="Tokens a window holds [default: 2048, or the context].")
+@click.option("--stride", type=click.IntRange(1), help="Tokens between windows [default: the window].")
+@click.option("--limit-tokens", type=click.IntRange(2), help="Use only this many tokens of the text.")
+@click.option("--kv-bits", type=click.Choice(["16", "8", "4"]), help="Bits of the KV cache [default: the dtype's].")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Compute in this [default: the checkpoint's].")
+@options.policy
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Record [default: perplexity-MODEL.json].")
+@click.option("--json", "as_json", is_flag=True, help="Print the record's body as JSON.")
+def command(
+    model: str,
+    schemes: Sequence[str],
+    text: Path | None,
+    dataset: str | None,
+    window: int | None,
+    stride: int | None,
+    limit_tokens: int | None,
+    kv_bits: str | None,
+    dtype: str | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    indivisible: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure the perplexity of MODEL, a directory or .gguf file, and of each --scheme made from it.
+
+    Schemes are quantized in memory; nothing is written but a record of the result.
+    """
+    if text and dataset:
+        raise click.UsageError("--text and --dataset exclude each other: name one text")
+    from quantkit.evaluate import run, texts
+    from quantkit.records import new_record, write_record
+    from quantkit.schemes import get_scheme
+
+    wanted = [get_scheme(name) for name in schemes]
+    checkpoint = options.open_weights(model)
+    source = texts.text_file(text) if text else texts.hub_dataset(dataset) if dataset else texts.python_reference()
+    evaluation = run.Evaluation(
+        checkpoint, source, window, stride, limit_tokens, int(kv_bits) if kv_bits else None, dtype
+    )
+    with options.progress("evaluating", evaluation.n_windows * (1 + len(wanted))) as bar:
+        results = evaluation.run(wanted, include, exclude, options.as_indivisible(indivisible), bar.update)
+    body = evaluation.body(results)
+    path = output or Path(f"perplexity-{checkpoint.config.name}.json")
+    write_record(path, new_record("perplexity", body))
+    if as_json:
+        click.echo(json.dumps(body, indent=1))
+    else:
+        click.echo(_text(evaluation, body))
+    click.echo(f"record: {path}", err=True)
+
+
+def _text(evaluation: Evaluation, body: dict[str, Any]) -> str:
+    protocol = body["protocol"]
+    rows = [
+        [
+            result["scheme"],
+            f"{result['perplexity']:.4f} ± {result['standard_error']:.4f}",
+            f"{result['difference']:+.4f}",
+            f"{result['tokens_per_second']:,.0f}",
+            f"{result['weights_bytes']:,}",
+        ]
+        for result in body["results"]
+    ]
+    header = ["scheme", "perplexity", "difference", "tokens/s", "weight bytes"]
+    about = (
+        f"{body['model']} on {protocol['text']}: {protocol['tokens_scored']:,} tokens scored in "
+        f"{protocol['windows']:,} windows of {protocol['window']:,}, computed in {body['dtype']}, "
+        f"KV cache {body['results'][0]['kv_bits']} bits"
+    )
+    return about + "\n\n" + options.table(header, rows)

@@ -1,0 +1,58 @@
+"""`quantkit generate`: text from a model, streamed."""
+
+from __future__ import annotations
+
+import click
+
+from quantkit.cli import options
+
+
+@click.command("generate")
+@click.argument("model")
+@click.argument("prompt")
+@click.option("--max-new-tokens", "-n", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--chat", is_flag=True, help="Wrap PROMPT in the model's chat template.")
+@click.option("--scheme", metavar="NAME", help="Quantize to this in memory first.")
+@click.option("--kv-bits", type=click.Choice(["16", "8", "4"]), help="Bits of the KV cache [default: the dtype's].")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Compute in this [default: the checkpoint's].")
+def command(
+    model: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    chat: bool,
+    scheme: str | None,
+    kv_bits: str | None,
+    dtype: str | None,
+) -> None:
+    """Continue PROMPT with MODEL, a directory or .gguf file."""
+    from quantkit.errors import QuantkitError
+    from quantkit.models.generate import Sampling, generate
+    from quantkit.models.loader import load
+    from quantkit.schemes import get_scheme, plan_weights
+
+    wanted = get_scheme(scheme) if scheme else None
+    checkpoint = options.open_weights(model)
+    config = checkpoint.config
+    tokenizer = checkpoint.tokenizer()
+    ids = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+    if not ids:
+        raise QuantkitError("the prompt is empty, and this tokenizer has no BOS to begin with: give a word at least")
+    if len(ids) + max_new_tokens > config.max_context:
+        click.echo(
+            f"Warning: {len(ids):,} + {max_new_tokens:,} tokens exceed the {config.max_context:,} of {config.name}",
+            err=True,
+        )
+    plan = plan_weights(config, wanted) if wanted else None
+    decoder = load(checkpoint, wanted.dtype or dtype if wanted else dtype, plan)
+    stop_ids = {*config.eos_token_ids, *tokenizer.eos_ids}
+    stream = tokenizer.stream()
+    sampling = Sampling(temperature, top_p, seed)
+    for token in generate(decoder, ids, max_new_tokens, sampling, stop_ids, int(kv_bits) if kv_bits else None):
+        click.echo(stream.feed(token), nl=False)
+    click.echo(stream.finish())

@@ -1,0 +1,1 @@
+"""Quality of each precision: perplexity over texts."""

@@ -1,0 +1,132 @@
+"""One evaluation: a checkpoint and a text, the original first, then each scheme made from it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit.errors import SchemeError
+from quantkit.evaluate.perplexity import Score, Windows, perplexity
+from quantkit.evaluate.texts import Text
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.kernels.ops import choose_backend
+from quantkit.models.loader import load
+from quantkit.schemes import Indivisible, QuantScheme, plan_weights
+
+DEFAULT_WINDOW = 2048
+
+
+@dataclass(frozen=True)
+class Result:
+    """The score of one precision."""
+
+    scheme: str
+    kv_bits: int
+    weights_bytes: int
+    score: Score
+
+
+class Evaluation:
+    """The protocol, fixed before any model is loaded.
+
+    Args:
+        checkpoint: the original.
+        text: what is scored.
+        window: ids a window holds; None means 2048 or the model's context, whichever is less.
+        stride: None means the window.
+        limit_tokens: use only the first ids; None means all.
+        kv_bits: bits of the KV cache; None means the compute dtype's.
+        dtype: compute dtype; None means the checkpoint's.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        text: Text,
+        window: int | None = None,
+        stride: int | None = None,
+        limit_tokens: int | None = None,
+        kv_bits: int | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        self.checkpoint, self.text, self.kv_bits = checkpoint, text, kv_bits
+        self.dtype = dtype or checkpoint.config.dtype
+        window = window or min(DEFAULT_WINDOW, checkpoint.config.max_context)
+        self.windows = Windows(window, stride or window)
+        tokenizer = checkpoint.tokenizer()
+        self.bos_id = tokenizer.bos_id
+        ids = tokenizer.encode(text.content, add_bos=self.bos_id is not None)
+        self.tokens_in_text = len(ids)
+        self.ids = ids[:limit_tokens]
+        self.n_windows = len(self.windows.cut(self.ids))
+
+    def run(
+        self,
+        schemes: Sequence[QuantScheme],
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        indivisible: Indivisible = "short",
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Result]:
+        """Score the original, then each of `schemes`.
+
+        Raises:
+            SchemeError: a pattern matches nothing, or the original is quantized already.
+        """
+        config = self.checkpoint.config
+        if schemes and self.checkpoint.schemes:
+            raise SchemeError(f"{config.name} is quantized already; evaluate it without --scheme")
+        plans = [(scheme, plan_weights(config, scheme, include, exclude, indivisible)) for scheme in schemes]
+        stored = dict.fromkeys(scheme.name for scheme in self.checkpoint.schemes.values())
+        results = [self._score("+".join(stored) or self.dtype, self.dtype, {}, progress)]
+        for scheme, plan in plans:
+            results.append(self._score(scheme.name, scheme.dtype or self.dtype, plan, progress))
+        return results
+
+    def _score(
+        self, name: str, dtype: str, plan: dict[str, QuantScheme], progress: Callable[[int], None] | None
+    ) -> Result:
+        decoder = load(self.checkpoint, dtype, plan)
+        score = perplexity(decoder, self.ids, self.windows, self.kv_bits, progress)
+        bits = decoder.new_cache(1, 1, self.kv_bits).bits
+        return Result(name, bits, decoder.weights_bytes, score)
+
+    def body(self, results: Sequence[Result]) -> dict[str, Any]:
+        """Return the record's body: model, protocol and results."""
+        original = results[0].score
+        return {
+            "model": self.checkpoint.config.name,
+            "parameters": self.checkpoint.config.parameters,
+            "protocol": {
+                "text": self.text.name,
+                "sha256": self.text.sha256,
+                "python": platform.python_version(),
+                "tokens_in_text": self.tokens_in_text,
+                "bos_id": self.bos_id,
+                "window": self.windows.window,
+                "stride": self.windows.stride,
+                "windows": self.n_windows,
+                "tokens_scored": original.tokens_scored,
+                "rule": "one leading BOS where the tokenizer has one; windows run alone, the first id of each "
+                "not scored; a short tail dropped; perplexity = exp(total NLL / tokens scored)",
+            },
+            "dtype": self.dtype,
+            "backend": choose_backend(),
+            "results": [
+                {
+                    "scheme": result.scheme,
+                    "kv_bits": result.kv_bits,
+                    "perplexity": result.score.perplexity,
+                    "nll": result.score.nll,
+                    "standard_error": result.score.standard_error,
+                    "nll_standard_error": result.score.nll_standard_error,
+                    "difference": result.score.perplexity - original.perplexity,
+                    "tokens_scored": result.score.tokens_scored,
+                    "weights_bytes": result.weights_bytes,
+                    "tokens_per_second": result.score.tokens_per_second,
+                }
+                for result in results
+            ],
+        }
