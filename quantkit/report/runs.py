@@ -1,0 +1,285 @@
+"""What a report needs of a record, as checked values.
+
+A record is JSON that may have been written by another version or by hand: keys that are missing or
+of the wrong type are refused by name, keys that are not known here are kept where they can be shown
+(assumptions, protocol) and ignored elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+from typing import Any
+
+from quantkit.errors import RecordError
+from quantkit.records import read_record
+
+COMPONENTS = ("weights", "kv_cache", "activations", "overhead")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a run comes from: the record's file, its date (UTC), quantkit's version, the machine."""
+
+    path: Path
+    created: str
+    quantkit: str
+    environment: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The bytes of one scheme at one context."""
+
+    scheme: str
+    kv_bits: int
+    context: int
+    batch: int
+    weights_bytes: int
+    kv_cache_bytes: int
+    activations_bytes: int
+    overhead_bytes: int
+    total_bytes: int
+
+    def component(self, name: str) -> int:
+        """Return the bytes of one of COMPONENTS."""
+        return int(getattr(self, f"{name}_bytes"))
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """What the driver and runtime take: assumed or measured, and by whom."""
+
+    size_bytes: int
+    status: str
+    source: str
+
+
+@dataclass(frozen=True)
+class EstimateRun:
+    """A record of kind `estimate`."""
+
+    source: Source
+    model: str
+    parameters: int
+    parameters_by_role: Mapping[str, int]
+    runtime: str
+    prefill_chunk: int
+    kv_layout: str
+    kv_bytes_per_token: int
+    overhead: Overhead
+    other_assumptions: Mapping[str, Any]
+    estimates: tuple[Estimate, ...]
+
+    @property
+    def schemes(self) -> list[str]:
+        """Names of the schemes, in the record's order."""
+        return list(dict.fromkeys(estimate.scheme for estimate in self.estimates))
+
+    @property
+    def contexts(self) -> list[int]:
+        """Contexts in tokens, ascending."""
+        return sorted({estimate.context for estimate in self.estimates})
+
+    @property
+    def setting(self) -> str:
+        """What the estimates share beside the model, in words; true of what `settings` yields."""
+        first = self.estimates[0]
+        chunk = f"prefill in chunks of {self.prefill_chunk} tokens"
+        return f"batch {first.batch}, {first.kv_bits}-bit KV cache, {chunk}"
+
+    def settings(self) -> Iterator[tuple[str, EstimateRun]]:
+        """Yield the run split by KV bits and batch, each with a suffix for its files (empty for one)."""
+        keys = list(dict.fromkeys((estimate.kv_bits, estimate.batch) for estimate in self.estimates))
+        for kv_bits, batch in keys:
+            chosen = tuple(e for e in self.estimates if (e.kv_bits, e.batch) == (kv_bits, batch))
+            suffix = f"-kv{kv_bits}-batch{batch}" if len(keys) > 1 else ""
+            yield suffix, replace(self, estimates=chosen)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The perplexity of one scheme; `standard_error` is None where one window gives none."""
+
+    scheme: str
+    kv_bits: int
+    perplexity: float
+    nll: float
+    standard_error: float | None
+    tokens_scored: int
+    weights_bytes: int
+    tokens_per_second: float
+    difference: float | None
+
+
+@dataclass(frozen=True)
+class PerplexityRun:
+    """A record of kind `perplexity`; the first result is the original."""
+
+    source: Source
+    model: str
+    parameters: int
+    dtype: str
+    text: str
+    sha256: str
+    window: int
+    stride: int
+    tokens_scored: int
+    other_protocol: Mapping[str, Any]
+    results: tuple[Result, ...]
+
+    def label(self, result: Result) -> str:
+        """Return the result's scheme, with its KV cache's bits where these differ between results."""
+        varied = len({other.kv_bits for other in self.results}) > 1
+        return f"{result.scheme}, KV {result.kv_bits}" if varied else result.scheme
+
+
+Run = EstimateRun | PerplexityRun
+
+
+def display_name(model: str) -> str:
+    """Return the last part of a model's path or Hub name, for titles and files."""
+    return PurePath(model).name or model
+
+
+def read_run(path: Path) -> Run:
+    """Read and check one record.
+
+    Raises:
+        RecordError: the file is no record, or its body lacks a key or has one of a wrong type.
+    """
+    record = read_record(path)
+    header = _Fields(path, "", record.__dict__)
+    source = Source(path, header.text("created"), header.text("quantkit"), header.mapping("environment"))
+    body = _Fields(path, "body.", header.mapping("body"))
+    return _estimate_run(source, body) if record.kind == "estimate" else _perplexity_run(source, body)
+
+
+def _estimate_run(source: Source, body: _Fields) -> EstimateRun:
+    assumptions = body.fields("assumptions")
+    overhead = assumptions.fields("overhead")
+    roles = body.fields("parameters_by_role")
+    known = ("runtime", "prefill_chunk", "kv_layout", "kv_bytes_per_token", "overhead")
+    estimates = tuple(_estimate(fields) for fields in body.rows("estimates"))
+    keys = [(e.scheme, e.kv_bits, e.context, e.batch) for e in estimates]
+    if len(set(keys)) < len(keys):
+        raise RecordError(f"{source.path}: body.estimates holds one scheme, context and batch more than once")
+    return EstimateRun(
+        source=source,
+        model=body.text("model"),
+        parameters=body.integer("parameters"),
+        parameters_by_role={role: roles.integer(role) for role in roles.value},
+        runtime=assumptions.text("runtime"),
+        prefill_chunk=assumptions.integer("prefill_chunk"),
+        kv_layout=assumptions.text("kv_layout"),
+        kv_bytes_per_token=assumptions.integer("kv_bytes_per_token"),
+        overhead=Overhead(overhead.integer("bytes"), overhead.text("status"), overhead.text("source")),
+        other_assumptions=assumptions.others(known),
+        estimates=estimates,
+    )
+
+
+def _estimate(fields: _Fields) -> Estimate:
+    names = [name for name in Estimate.__dataclass_fields__ if name != "scheme"]
+    estimate = Estimate(fields.text("scheme"), **{name: fields.integer(name) for name in names})
+    parts = sum(estimate.component(name) for name in COMPONENTS)
+    if parts != estimate.total_bytes:
+        raise RecordError(
+            f"{fields.path}: {fields.where}total_bytes is {estimate.total_bytes}, but its parts add up to "
+            f"{parts}"
+        )
+    return estimate
+
+
+def _perplexity_run(source: Source, body: _Fields) -> PerplexityRun:
+    protocol = body.fields("protocol")
+    known = ("text", "sha256", "window", "stride", "tokens_scored")
+    results = tuple(_result(fields) for fields in body.rows("results"))
+    keys = [(result.scheme, result.kv_bits) for result in results]
+    if len(set(keys)) < len(keys):
+        raise RecordError(f"{source.path}: body.results holds one scheme more than once")
+    return PerplexityRun(
+        source=source,
+        model=body.text("model"),
+        parameters=body.integer("parameters"),
+        dtype=body.text("dtype"),
+        text=protocol.text("text"),
+        sha256=protocol.text("sha256"),
+        window=protocol.integer("window"),
+        stride=protocol.integer("stride"),
+        tokens_scored=protocol.integer("tokens_scored"),
+        other_protocol=protocol.others(known),
+        results=results,
+    )
+
+
+def _result(fields: _Fields) -> Result:
+    return Result(
+        scheme=fields.text("scheme"),
+        kv_bits=fields.integer("kv_bits"),
+        perplexity=fields.number("perplexity"),
+        nll=fields.number("nll"),
+        standard_error=fields.number_or_none("standard_error"),
+        tokens_scored=fields.integer("tokens_scored"),
+        weights_bytes=fields.integer("weights_bytes", least=1),
+        tokens_per_second=fields.number("tokens_per_second"),
+        difference=fields.number_or_none("difference"),
+    )
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """A JSON object of a record, read key by key; `where` leads to it, with a trailing dot."""
+
+    path: Path
+    where: str
+    value: Mapping[str, Any]
+
+    def get(self, key: str) -> Any:
+        if key not in self.value:
+            raise RecordError(f"{self.path} lacks {self.where}{key}")
+        return self.value[key]
+
+    def text(self, key: str) -> str:
+        value = self.get(key)
+        return value if isinstance(value, str) and value else self._refuse(key, value, "a text")
+
+    def integer(self, key: str, least: int = 0) -> int:
+        value = self.get(key)
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        return int(value) if fits else self._refuse(key, value, f"a whole number from {least}")
+
+    def number(self, key: str) -> float:
+        value = self.get(key)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return float(value) if fits else self._refuse(key, value, "a finite number")
+
+    def number_or_none(self, key: str) -> float | None:
+        value = self.get(key)
+        unknown = value is None or (isinstance(value, float) and math.isnan(value))
+        return None if unknown else self.number(key)
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        value = self.get(key)
+        return value if isinstance(value, dict) else self._refuse(key, value, "an object")
+
+    def fields(self, key: str) -> _Fields:
+        return _Fields(self.path, f"{self.where}{key}.", self.mapping(key))
+
+    def rows(self, key: str) -> Iterator[_Fields]:
+        rows = self.get(key)
+        if not isinstance(rows, list) or not rows:
+            self._refuse(key, rows, "a list that is not empty")
+        for index, row in enumerate(rows):
+            name = f"{self.where}{key}[{index}]"
+            if not isinstance(row, dict):
+                raise RecordError(f"{self.path}: {name} is {row!r}, no object")
+            yield _Fields(self.path, f"{name}.", row)
+
+    def others(self, known: Sequence[str]) -> dict[str, Any]:
+        return {key: value for key, value in self.value.items() if key not in known}
+
+    def _refuse(self, key: str, value: Any, allowed: str) -> Any:
+        raise RecordError(f"{self.path}: {self.where}{key} is {value!r}; it must be {allowed}")

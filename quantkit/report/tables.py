@@ -1,0 +1,104 @@
+"""Tables of runs: pandas frames, and these as Markdown and CSV.
+
+CSV holds what a program reads (bytes, unrounded numbers), Markdown what a person reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from calculators.units import format_bytes, format_gib, format_tokens
+from quantkit.report.runs import COMPONENTS, Estimate, EstimateRun, PerplexityRun, Result
+
+MISSING = "–"
+COMPONENT_TITLES = {
+    "weights": "weights",
+    "kv_cache": "KV cache",
+    "activations": "activations",
+    "overhead": "overhead",
+}
+
+
+def components(run: EstimateRun) -> pd.DataFrame:
+    """Return one row an estimate with every component in bytes, in the record's order."""
+    names = list(Estimate.__dataclass_fields__)
+    return pd.DataFrame([[getattr(e, name) for name in names] for e in run.estimates], columns=names)
+
+
+def totals(run: EstimateRun) -> pd.DataFrame:
+    """Return total bytes, schemes by contexts in tokens; <NA> where the record has no such estimate."""
+    wide = components(run).pivot(index="scheme", columns="context", values="total_bytes")
+    return wide.reindex(index=run.schemes, columns=run.contexts).astype("Int64")
+
+
+def perplexities(run: PerplexityRun) -> pd.DataFrame:
+    """Return one row a result, unrounded, the original first."""
+    names = list(Result.__dataclass_fields__)
+    return pd.DataFrame([[getattr(r, name) for name in names] for r in run.results], columns=names)
+
+
+def csv(frame: pd.DataFrame) -> str:
+    """Return a frame as CSV; a named index becomes the first column."""
+    return str(frame.to_csv(index=frame.index.name is not None, lineterminator="\n"))
+
+
+def totals_markdown(run: EstimateRun) -> str:
+    """Return the totals in GiB, schemes by contexts."""
+    frame = totals(run)
+    header = ["scheme", *(format_tokens(context) for context in frame.columns)]
+    rows = [
+        [scheme, *(MISSING if pd.isna(total) else format_gib(int(total)) for total in row)]
+        for scheme, row in zip(frame.index, frame.to_numpy(dtype=object), strict=True)
+    ]
+    return markdown(header, rows)
+
+
+def components_markdown(run: EstimateRun) -> str:
+    """Return every component in GiB, one row a scheme and context."""
+    header = ["scheme", "context", *(COMPONENT_TITLES[name] for name in COMPONENTS), "total"]
+    rows = [
+        [
+            estimate.scheme,
+            format_tokens(estimate.context),
+            *(format_gib(estimate.component(name)) for name in COMPONENTS),
+            format_gib(estimate.total_bytes),
+        ]
+        for estimate in run.estimates
+    ]
+    return markdown(header, rows)
+
+
+def perplexities_markdown(run: PerplexityRun) -> str:
+    """Return perplexity ± standard error, difference to the original, weights and speed."""
+    header = ["scheme", "perplexity", "difference", "weights", "tokens/s"]
+    rows = [
+        [
+            run.label(result),
+            f"{result.perplexity:.3f}" + _plus_minus(result.standard_error),
+            MISSING if result.difference is None or index == 0 else f"{result.difference:+.3f}",
+            format_bytes(result.weights_bytes),
+            f"{result.tokens_per_second:,.1f}",
+        ]
+        for index, result in enumerate(run.results)
+    ]
+    return markdown(header, rows)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return an aligned Markdown table: the first column to the left, the others to the right."""
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
+    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
+    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [_line(cells[0], widths), "| " + " | ".join(rule) + " |"]
+    return "\n".join([*lines, *(_line(row, widths) for row in cells[1:])]) + "\n"
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+    return "| " + " | ".join(padded) + " |"
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.3f}"
