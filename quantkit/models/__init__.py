@@ -1,0 +1,1 @@
+"""Running a model: forward pass, KV cache, tokenizer, generation."""

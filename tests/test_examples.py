@@ -1,0 +1,53 @@
+"""The example programs run, and print what they promise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from quantkit.schemes import SCHEMES
+from tests.paths import ROOT, smollm2_gguf
+
+
+def run(name: str, *arguments: object) -> str:
+    """Return what an example prints; its standard error appears where it fails."""
+    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+    result = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_fit_a_card_gives_a_verdict_for_each_scheme() -> None:
+    lines = run("fit_a_card.py").splitlines()
+    assert len(lines) == 7
+    assert lines[0].startswith("bf16")
+    assert lines[0].endswith("does not fit")
+    assert any(line.startswith("int4-g128") and line.endswith(" fits") for line in lines)
+
+
+def test_quantize_a_matrix_lists_every_scheme() -> None:
+    lines = run("quantize_a_matrix.py").splitlines()
+    assert [line.split()[0] for line in lines] == [name for name, scheme in SCHEMES.items() if scheme.quantized]
+    sqnr = {line.split()[0]: float(line.split()[-2]) for line in lines}
+    assert sqnr["int8"] > 40
+    assert sqnr["int4-g32"] > sqnr["int4-g64"] > sqnr["int4-g128"] > 19
+
+
+def test_the_demo_leaves_a_report_with_charts(tmp_path: Path) -> None:
+    smollm2_gguf()
+    output = run("demo.py", tmp_path, 2048)
+    assert "int8" in output
+    assert "nf4" in output
+    report = tmp_path / "report.md"
+    assert f"The report is {report}" in output
+    assert report.read_text().count("](") >= len(list(tmp_path.glob("*.png"))) >= 2
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        file.name for file in (tmp_path / "smollm2-nf4").iterdir()
+    }
