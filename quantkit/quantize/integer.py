@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from calculators.units import bits_to_bytes, ceil_div
 from quantkit.quantize.packing import pack_low_first, pack_zeros
 from quantkit.schemes import QuantScheme
 from quantkit.tensor import QuantizedTensor
@@ -27,12 +28,14 @@ def quantize_integer(weight: torch.Tensor, scheme: QuantScheme, scale_dtype: tor
         scale_dtype: dtype in which scales are stored.
     """
     rows, cols = weight.shape
-    step = max(1, _CHUNK_ELEMENTS // max(1, cols))
-    chunks = [
-        _quantize_rows(weight[start : start + step].float(), scheme, scale_dtype)
-        for start in range(0, rows, step)
-    ]
-    codes, scales, zeros = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    n_groups = ceil_div(cols, scheme.group or cols)
+    codes = torch.empty(rows, bits_to_bytes(cols * scheme.bits), dtype=torch.uint8)
+    scales = torch.empty(rows, n_groups, dtype=scale_dtype)
+    zeros = torch.empty(rows, n_groups, dtype=torch.uint8)
+    step = max(1, _CHUNK_ELEMENTS // cols)
+    for start in range(0, rows, step):
+        piece = slice(start, start + step)
+        codes[piece], scales[piece], zeros[piece] = _quantize_rows(weight[piece].float(), scheme, scale_dtype)
     packed_zeros = None if scheme.symmetric else pack_zeros(zeros)
     return QuantizedTensor(scheme, (rows, cols), codes, scales, zeros=packed_zeros)
 
@@ -86,11 +89,13 @@ def _search(
     zero = zeros.unsqueeze(-1).float()
     lowest, highest = -zero, 2**bits - 1 - zero
     best_error = torch.full_like(base, torch.inf)
-    best_scale = torch.empty_like(base)
+    best_scale = unit = _storable(base, scale_dtype)
     for factor in INT4_SHRINK:
         scale = _storable(base * factor, scale_dtype)
-        restored = torch.clamp((groups / scale).round_(), lowest, highest).mul_(scale)
-        error = restored.sub_(groups).square_().sum(dim=-1, keepdim=True)
+        exact = groups / scale
+        # In units of the absmax scale, so that squares of tiny or huge weights stay within float32.
+        distance = torch.clamp(exact.round(), lowest, highest).sub_(exact)
+        error = distance.square_().sum(dim=-1, keepdim=True) * (scale / unit).square()
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 
+from calculators.units import bits_to_bytes, ceil_div
 from quantkit.quantize.packing import pack_high_first
 from quantkit.schemes import NESTED_GROUP, QuantScheme
 from quantkit.tensor import QuantizedTensor
@@ -32,11 +33,13 @@ def quantize_nf4(weight: torch.Tensor, scheme: QuantScheme) -> QuantizedTensor:
     rows, cols = weight.shape
     flat = weight.reshape(-1)
     step = _CHUNK_BLOCKS * scheme.group
-    encoded = [
-        _encode(flat[start : start + step].float(), scheme.group) for start in range(0, flat.numel(), step)
-    ]
-    codes = pack_high_first(torch.cat([codes for codes, _ in encoded]))
-    absmax = torch.cat([absmax for _, absmax in encoded])
+    codes = torch.empty(bits_to_bytes(flat.numel() * scheme.bits), dtype=torch.uint8)
+    absmax = torch.empty(ceil_div(flat.numel(), scheme.group), dtype=torch.float32)
+    for start in range(0, flat.numel(), step):
+        block = start // scheme.group
+        chunk, chunk_absmax = _encode(flat[start : start + step].float(), scheme.group)
+        codes[start // 2 : (start + step) // 2] = pack_high_first(chunk)
+        absmax[block : block + _CHUNK_BLOCKS] = chunk_absmax
     if not scheme.nested:
         return QuantizedTensor(scheme, (rows, cols), codes, absmax)
     offset = absmax.mean()

@@ -1,0 +1,107 @@
+"""The `quantkit` command: finds subcommands late, and turns what goes wrong into one line and a code.
+
+Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from quantkit import __version__
+from quantkit.errors import QuantkitError
+
+COMMANDS = ("estimate", "inspect", "quantize", "eval", "generate", "report")
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are named."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order of their use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command, None where there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"quantkit.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="quantkit")
+def cli() -> None:
+    """What a language model costs in GPU memory at each precision, and what that does to its quality."""
+
+
+def run() -> NoReturn:
+    """Run the command line and exit; whatever cleans up on an exception does so when terminated, too."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = cli.main(prog_name="quantkit", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = _say("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        _drop_stdout()
+        code = 1
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        code = _say(line, 1)
+    sys.exit(code or 0)
+
+
+def explain(error: Exception) -> str | None:
+    """Return one line for an error that is no fault of the program, None for any other."""
+    if isinstance(error, QuantkitError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full{_file(error)}: nothing was left behind; make room and run again"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{_file(error)}"
+    if _is_out_of_memory(error):
+        return "out of memory: choose a smaller model, context or window, or another scheme"
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, in Python or in torch, which raises RuntimeErrors for it."""
+    if isinstance(error, MemoryError):
+        return True
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _file(error: OSError) -> str:
+    return f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
+
+
+def _say(line: str, code: int) -> int:
+    click.echo(f"Error: {line}", err=True)
+    return code
+
+
+def _drop_stdout() -> None:
+    """Point stdout away from a closed pipe, so that flushing it at exit raises nothing."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    """Unwind as from an exception; a second signal does not disturb the cleaning up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(TERMINATED)

@@ -1,0 +1,206 @@
+"""What commands share: parameter types, options, how a MODEL is found, tables and progress."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from calculators.units import is_decimal_unit, parse_size, parse_tokens
+from quantkit.config import ModelConfig, config_from_json
+from quantkit.errors import CheckpointError, ConfigError
+from quantkit.presets import PRESETS
+from quantkit.schemes import Indivisible, QuantScheme
+
+if TYPE_CHECKING:
+    from click._termui_impl import ProgressBar
+
+    from quantkit.formats.checkpoint import Checkpoint
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class TokensParam(click.ParamType):
+    """A count of tokens: `4096`, or `4k` for 4 x 1024."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the tokens; usage error where `value` is no count."""
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_tokens(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size as typed; `decimal` where its unit is a power of ten."""
+
+    nbytes: int
+    text: str
+    decimal: bool
+
+
+class SizeParam(click.ParamType):
+    """A size with its unit, such as `24GiB`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Size:
+        """Return the size; usage error where `value` has no number or no unit."""
+        if isinstance(value, Size):
+            return value
+        try:
+            return Size(parse_size(value), value, is_decimal_unit(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+TOKENS, SIZE = TokensParam(), SizeParam()
+
+schemes = click.option(
+    "--scheme", "schemes", multiple=True, metavar="NAME", help="A precision by name, such as nf4; repeatable."
+)
+_include = click.option(
+    "--include", multiple=True, metavar="PATTERN", help="Quantize these matrices too, such as lm_head; repeatable."
+)
+_exclude = click.option(
+    "--exclude", multiple=True, metavar="PATTERN", help="Leave these matrices as they are, such as '*.v_proj'."
+)
+
+
+def policy(command: Command) -> Command:
+    """Add --include, --exclude and --indivisible to a command that computes, where short groups can exist."""
+    indivisible = click.option(
+        "--indivisible",
+        type=click.Choice(["short", "int8", "keep"]),
+        default="short",
+        show_default=True,
+        help="A matrix whose K the group does not divide: a short last group, int8, or left as it is.",
+    )
+    return _include(_exclude(indivisible(command)))
+
+
+def file_policy(command: Command) -> Command:
+    """Add the same options to a command that writes files, which hold no short groups."""
+    indivisible = click.option(
+        "--indivisible",
+        type=click.Choice(["int8", "keep"]),
+        help="A matrix whose K the group does not divide: int8, or left as it is [default: refuse].",
+    )
+    return _include(_exclude(indivisible(command)))
+
+
+def as_indivisible(text: str | None) -> Indivisible:
+    """Return the policy that an option's value names; none given refuses."""
+    known: Mapping[str | None, Indivisible] = {None: "refuse", "short": "short", "int8": "int8", "keep": "keep"}
+    return known[text]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model whose shapes are known, with or without weights.
+
+    Attributes:
+        config: the model.
+        checkpoint: the weights' headers, None for a preset or a config.json alone.
+    """
+
+    config: ModelConfig
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def schemes(self) -> Mapping[str, QuantScheme]:
+        """The scheme of every matrix stored quantized in a format quantkit computes with."""
+        return self.checkpoint.schemes if self.checkpoint else {}
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.checkpoint is not None and self.checkpoint.path.suffix == ".gguf"
+
+
+def find_model(name: str) -> Subject:
+    """Return the preset, directory or .gguf file that MODEL names; weights are not read.
+
+    Raises:
+        ConfigError: neither a preset nor a path, or an incomplete configuration.
+        CheckpointError: broken weights.
+    """
+    if name.lower() in PRESETS:
+        return Subject(PRESETS[name.lower()])
+    path = Path(name)
+    if not path.exists():
+        raise ConfigError(
+            f"unknown model {name!r}: presets are {', '.join(PRESETS)}; or name a directory with config.json, "
+            "or a .gguf file"
+        )
+    from quantkit.formats.checkpoint import open_checkpoint
+
+    if path.is_dir():
+        from quantkit.formats.huggingface import has_weights
+
+        if not has_weights(path):
+            return Subject(config_from_json(path / "config.json"))
+    checkpoint = open_checkpoint(path)
+    return Subject(checkpoint.config, checkpoint)
+
+
+def open_weights(name: str) -> Checkpoint:
+    """Open the directory or .gguf file that MODEL names.
+
+    Raises:
+        CheckpointError: there is none, it is a preset, or its weights are broken.
+        ConfigError: its configuration is incomplete.
+    """
+    from quantkit.formats.checkpoint import open_checkpoint
+
+    path = Path(name)
+    if not path.exists() and name.lower() in PRESETS:
+        raise CheckpointError(
+            f"{name} is a preset, shapes without weights: name a model directory with config.json, or a .gguf file"
+        )
+    return open_checkpoint(path)
+
+
+def warn(text: str) -> None:
+    """Print one line of warning on stderr."""
+    click.echo(f"Warning: {text}", err=True)
+
+
+def progress(label: str, length: int) -> AbstractContextManager[ProgressBar[int]]:
+    """Return a progress bar on stderr, hidden where that is no terminal; `update(n)` advances it."""
+    return click.progressbar(
+        length=length, label=label, file=sys.stderr, hidden=not sys.stderr.isatty(), show_pos=True
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return aligned plain-text columns: the first to the left, the others to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(_line(line, widths) for line in lines)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = [cells[0].ljust(widths[0])]
+    padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+    return "  ".join(padded).rstrip()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Labelled lines below a table, their texts aligned."""
+
+    lines: list[tuple[str, str]] = field(default_factory=list)
+
+    def text(self, indent: str = "  ") -> str:
+        width = max((len(label) for label, _ in self.lines), default=0)
+        return "\n".join(f"{indent}{label.ljust(width)}  {text}" for label, text in self.lines)
