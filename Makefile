@@ -31,7 +31,7 @@ verify: $(VENV)/.dev
 
 # remakes what is committed under reports/
 reports: $(VENV)/.runtime
-	$(BIN)/quantkit estimate --scheme bf16 --bits 8 --bits 4 --output reports/mistral-7b-instruct-v0.2/estimate.json
+	$(BIN)/quantkit estimate --bits 16 --bits 8 --bits 4 --output reports/mistral-7b-instruct-v0.2/estimate.json
 	$(BIN)/quantkit report reports/mistral-7b-instruct-v0.2/estimate.json -o reports/mistral-7b-instruct-v0.2
 
 $(VENV)/.runtime: pyproject.toml constraints.txt

@@ -1,9 +1,10 @@
-"""Peak workspace of quantkit's own runtime beside weights and KV cache: prefill in chunks, then decode.
+"""Peak workspace of quantkit's own runtime beside weights and KV cache: prefill in chunks, and decode.
 
 One forward pass is a handful of phases; each lists the tensors that are alive at its widest moment,
 in the order and dtypes of `quantkit/models/decoder.py` and `quantkit/kernels/reference.py`. The peak is
 the largest phase. Attention is taken to be fused: no (T, S) scores are held. Chunk and context count
-at their largest together, so that a short last chunk is bounded by a whole one.
+at their largest together, so that a short last chunk is bounded by a whole one. Decode is prefill with
+T = 1: no term of it is larger.
 
 B batch, T tokens of a chunk, S keys attended to, e bytes of an element of the compute dtype.
 """
@@ -11,6 +12,9 @@ B batch, T tokens of a chunk, S keys attended to, e bytes of an element of the c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from calculators.units import ceil_div
 
 FP32 = 4  # bytes
 INT64 = 8  # bytes, of token ids and positions
@@ -50,6 +54,8 @@ class Dequantized:
         attention: of Q, K, V and output.
         ffn: of gate, up and down.
         head: of the output head.
+        group: elements that share a scale, the fewest of any matrix; 0 where scales are negligible.
+        zero_points: whether a group has one, fp32 like its scale while it lasts.
         code_bytes: bytes an element that unpacked codes take while they last: 1 for integers below
             8 bits; 0 for int8, which need no unpacking, and NF4, whose bytes are looked up in pairs.
     """
@@ -57,6 +63,8 @@ class Dequantized:
     attention: int = 0
     ffn: int = 0
     head: int = 0
+    group: int = 0
+    zero_points: bool = False
     code_bytes: int = 0
 
 
@@ -77,8 +85,7 @@ class Load:
     kv_bits: int
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """One tensor, or several of a kind, and its bytes."""
 
     name: str
@@ -100,10 +107,8 @@ class Phase:
 def workspace_bytes(
     dims: Dimensions, matrices: Dequantized, batch: int, context: int, chunk: int, kv_bits: int
 ) -> int:
-    """Return the peak over prefill in chunks of at most `chunk` tokens and over decode."""
-    prefill = Load(batch, min(chunk, context), context, kv_bits)
-    decode = Load(batch, 1, context, kv_bits)
-    return max(peak(dims, matrices, load).total for load in (prefill, decode))
+    """Return the peak over prefill in chunks of at most `chunk` tokens, and decode."""
+    return peak(dims, matrices, Load(batch, min(chunk, context), context, kv_bits)).total
 
 
 def peak(dims: Dimensions, matrices: Dequantized, load: Load) -> Phase:
@@ -128,13 +133,15 @@ def phases(dims: Dimensions, matrices: Dequantized, load: Load) -> tuple[Phase, 
     return tuple(Phase(phase.name, (*resident, *phase.terms)) for phase in made)
 
 
-def dequantize_bytes(elements: int, code_bytes: int) -> int:
-    """Return the bytes alive while a matrix is dequantized.
+def dequantize_bytes(elements: int, matrices: Dequantized) -> int:
+    """Return the bytes alive while a matrix of `elements` is dequantized.
 
-    Unpacked codes, the fp32 values, and two bytes more: first an index or padded codes, then the
-    copy rounded to the compute dtype.
+    Unpacked codes, the fp32 values, scales and zero points, and two bytes an element more: first an
+    index or padded codes, then the copy rounded to the compute dtype.
     """
-    return elements * (code_bytes + FP32 + 2)
+    groups = ceil_div(elements, matrices.group) if matrices.group else 0
+    scales = FP32 * groups * (2 if matrices.zero_points else 1)
+    return elements * (matrices.code_bytes + FP32 + 2) + scales
 
 
 def _resident(dims: Dimensions, load: Load) -> tuple[Term, ...]:
@@ -174,7 +181,7 @@ def _norm(dims: Dimensions, load: Load) -> Phase:
 
 
 def _rotation(dims: Dimensions, load: Load) -> Phase:
-    """RoPE: the projection, x * cos, the swapped halves and their product with sin; K beside the rotated Q."""
+    """RoPE: the projection, x * cos, the swapped halves and their product with sin; K beside rotated Q."""
     n = dims.element_bytes * load.batch * load.tokens
     widest = max(4 * dims.q_width, dims.q_width + 4 * dims.kv_width)
     return Phase(
@@ -225,9 +232,8 @@ def _up(dims: Dimensions, matrices: Dequantized, load: Load) -> Phase:
 
 def _gated(dims: Dimensions, load: Load) -> Phase:
     """silu(gate), up and their product."""
-    return Phase(
-        "gated", (Term("normed states", _states(dims, load)), Term("gate, up, product", 3 * _wide(dims, load)))
-    )
+    wide = _wide(dims, load)
+    return Phase("gated", (Term("normed states", _states(dims, load)), Term("gate, up, product", 3 * wide)))
 
 
 def _down(dims: Dimensions, matrices: Dequantized, load: Load) -> Phase:
@@ -258,7 +264,8 @@ def _logits(dims: Dimensions, matrices: Dequantized, load: Load) -> Phase:
 
 def _linear(elements: int, matrices: Dequantized, output: int, dims: Dimensions) -> int:
     """Return what a linear adds to its input: dequantizing its matrix, or multiplying with it."""
-    return max(dequantize_bytes(elements, matrices.code_bytes), dims.element_bytes * elements + output)
+    dequantizing = dequantize_bytes(elements, matrices)
+    return max(dequantizing, dims.element_bytes * elements + output)
 
 
 def _queries_and_keys(dims: Dimensions, load: Load) -> tuple[Term, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from calculators.activations import Dequantized, Dimensions, workspace_bytes
 from calculators.hardware import ASSUMED_OVERHEAD
@@ -89,10 +90,10 @@ def weight_bytes(config: ModelConfig, scheme: QuantScheme, plan: Mapping[str, Qu
     total = 0
     for (shape, quantized), count in counts.items():
         if quantized is None:
-            elements = shape[0] if len(shape) == 1 else shape[0] * shape[1]
-            total += count * plain_bytes(elements, plain_bits)
+            total += count * plain_bytes(prod(shape), plain_bits)
         else:
-            total += count * matrix_bytes(*shape, quantized.packing(config.dtype)).total
+            rows, cols = shape
+            total += count * matrix_bytes(rows, cols, quantized.packing(config.dtype)).total
     return total
 
 
@@ -154,5 +155,15 @@ def dequantized(config: ModelConfig, plan: Mapping[str, QuantScheme]) -> Dequant
     for spec in config.tensors:
         if spec.name in plan:
             largest[spec.role] = max(largest[spec.role], spec.elements)
-    unpacked = any(scheme.method == "int" and scheme.bits < 8 for scheme in plan.values())
-    return Dequantized(**largest, code_bytes=int(unpacked))
+    used = set(plan.values())
+    unpacked = any(scheme.method == "int" and scheme.bits < 8 for scheme in used)
+    group = min((scheme.group for scheme in used if scheme.group), default=0)
+    zero_points = any(not scheme.symmetric for scheme in used)
+    return Dequantized(
+        attention=largest["attention"],
+        ffn=largest["ffn"],
+        head=largest["head"],
+        group=group,
+        zero_points=zero_points,
+        code_bytes=int(unpacked),
+    )

@@ -13,7 +13,9 @@ from tests.paths import ROOT, smollm2_gguf
 def run(name: str, *arguments: object) -> str:
     """Return what an example prints; its standard error appears where it fails."""
     command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -34,7 +36,9 @@ def test_fit_a_card_gives_a_verdict_for_each_scheme() -> None:
 
 def test_quantize_a_matrix_lists_every_scheme() -> None:
     lines = run("quantize_a_matrix.py").splitlines()
-    assert [line.split()[0] for line in lines] == [name for name, scheme in SCHEMES.items() if scheme.quantized]
+    assert [line.split()[0] for line in lines] == [
+        name for name, scheme in SCHEMES.items() if scheme.quantized
+    ]
     sqnr = {line.split()[0]: float(line.split()[-2]) for line in lines}
     assert sqnr["int8"] > 40
     assert sqnr["int4-g32"] > sqnr["int4-g64"] > sqnr["int4-g128"] > 19

@@ -68,12 +68,21 @@ class Report:
 
 @click.command("estimate", epilog=f"Presets: {', '.join(PRESETS)}.")
 @click.argument("model", default=DEFAULT_PRESET)
-@click.option("--context", "contexts", type=options.TOKENS, multiple=True, help="Such as 32k; repeatable [default: 1k to 32k].")  # fmt: skip
-@click.option("--bits", type=click.Choice(["16", "8", "4"]), multiple=True, help="Every scheme of these bits; repeatable.")  # fmt: skip
+@click.option(
+    "--context", "contexts", type=options.TOKENS, multiple=True, help="32k; repeatable [default: 1k to 32k]"
+)
+@click.option(
+    "--bits",
+    type=click.Choice(["16", "8", "4"]),
+    multiple=True,
+    help="All of these bits; repeatable.",
+)
 @options.schemes
-@click.option("--kv-bits", type=click.Choice(["16", "8", "4"]), help="Bits of the KV cache [default: the dtype's].")
+@click.option(
+    "--kv-bits", type=click.Choice(["16", "8", "4"]), help="Of the KV cache [default: the dtype's]."
+)
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
-@click.option("--prefill-chunk", type=options.TOKENS, default=PREFILL_CHUNK, show_default=True, help="Tokens at once.")
+@click.option("--prefill-chunk", type=options.TOKENS, default=PREFILL_CHUNK, show_default=True)
 @click.option("--vram", type=options.SIZE, help="Memory of the GPU, such as 24GiB: adds a verdict.")
 @click.option("--reserve", type=options.SIZE, help="Memory to keep free, such as 1GiB for a display.")
 @options.policy
@@ -150,9 +159,10 @@ def _stored_rows(subject: options.Subject) -> list[Row]:
 def _headline(
     config: ModelConfig, scheme: QuantScheme, estimates: Sequence[MemoryEstimate], memory: Memory
 ) -> str:
-    """Return one sentence: what the first scheme asked for needs at the longest context, and on which card."""
+    """Return one sentence: what the first scheme asked for needs at the longest context, on which card."""
     entry = max((e for e in estimates if e.scheme == scheme.name), key=lambda e: e.context)
-    needed = f"{config.name} at {scheme.name} needs {format_bytes(entry.total_bytes)} for {format_tokens(entry.context)} tokens"
+    needed = f"{config.name} at {scheme.name} needs {format_bytes(entry.total_bytes)}"
+    needed += f" for {format_tokens(entry.context)} tokens"
     if entry.batch > 1:
         needed += f" in each of {entry.batch} sequences"
     if memory.reserve:
@@ -160,18 +170,20 @@ def _headline(
     card = smallest_card(entry.total_bytes, memory.reserve)
     if card is None:
         return f"{needed}: more than any one card known here holds."
-    return (
-        f"{needed}: the smallest common card that holds it is the {card.name}, with {format_gib(card.usable_bytes)} GiB."
-    )
+    usable = f"{format_gib(card.usable_bytes)} GiB"
+    return f"{needed}: the smallest common card that holds it is the {card.name}, with {usable}."
 
 
 def _size_notes(*sizes: options.Size | None) -> list[str]:
-    return [
-        f"{size.text} is {size.nbytes:,} bytes, {format_gib(size.nbytes)} GiB; a card sold as {size.text} has about "
-        f"{size.text[:-2].strip()} GiB: write {size.text[:-2].strip()}GiB for it"
-        for size in sizes
-        if size and size.decimal and size.text[-2] in "gG"
-    ]
+    notes = []
+    for size in sizes:
+        if size and size.decimal and size.text.strip()[-2] in "gG":
+            number = size.text.strip()[:-2].strip()
+            notes.append(
+                f"{number} GB is {size.nbytes:,} bytes, {format_gib(size.nbytes)} GiB; a card sold as "
+                f"{number} GB has about {number} GiB: write {number}GiB for it"
+            )
+    return notes
 
 
 def _stored_notes(subject: options.Subject) -> list[str]:
@@ -195,7 +207,8 @@ def _short_notes(config: ModelConfig, rows: Sequence[Row]) -> list[str]:
         if ragged and row.scheme.name != AS_STORED:
             found[row.scheme.name] = f"K = {', '.join(map(str, sorted(set(ragged))))}"
     return [
-        f"{name}: short last groups ({which}), which no file can hold; --indivisible int8|keep shows what can be written"
+        f"{name}: short last groups ({which}), which no file can hold; --indivisible int8|keep shows what "
+        "can be written"
         for name, which in found.items()
     ]
 
@@ -204,7 +217,8 @@ def _warn_of_long_contexts(config: ModelConfig, contexts: Sequence[int]) -> None
     above = [format_tokens(context) for context in contexts if context > config.max_context]
     if above:
         options.warn(
-            f"{', '.join(above)}: above the {format_tokens(config.max_context)} tokens that {config.name} is made for"
+            f"{', '.join(above)}: above the {format_tokens(config.max_context)} tokens that {config.name} "
+            "is made for"
         )
 
 
@@ -257,15 +271,19 @@ def _assumptions(report: Report) -> dict[str, Any]:
 def _csv(report: Report) -> str:
     """Return one line an estimate; no field holds a comma."""
     entries = [_entry(entry, report.memory) for entry in report.estimates]
-    lines = [list(entries[0]), *(list(entry.values()) for entry in entries)]
-    return "\n".join(",".join(str(value).lower() if isinstance(value, bool) else str(value) for value in line) for line in lines)
+    lines = [",".join(entries[0]), *(",".join(map(_csv_cell, entry.values())) for entry in entries)]
+    return "\n".join(lines)
+
+
+def _csv_cell(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _text(report: Report) -> str:
     contexts = list(dict.fromkeys(entry.context for entry in report.estimates))
     batch = report.workload.batch
-    title = f"{report.config.name}, {report.config.parameters:,} parameters, "
-    title += (f"{format_tokens(contexts[0])} tokens, " if len(contexts) == 1 else "") + f"batch {batch}, in GiB"
+    context = f"{format_tokens(contexts[0])} tokens, " if len(contexts) == 1 else ""
+    title = f"{report.config.name}, {report.config.parameters:,} parameters, {context}batch {batch}, in GiB"
     parts = [title, _components(report) if len(contexts) == 1 else _totals(report, contexts)]
     if report.headline:
         parts.insert(0, report.headline)
@@ -282,7 +300,7 @@ def _components(report: Report) -> str:
         row = [entry.scheme, *map(format_gib, sizes), format_gib(entry.total_bytes)]
         found = report.memory.verdict(entry)
         if found:
-            row += ["yes" if found.fits else "no", f"{'+' if found.fits else ''}{format_gib(found.margin_bytes)}"]
+            row += ["yes" if found.fits else "no", format_gib(found.margin_bytes)]
         rows.append(row)
     return options.table(header + (["fits", "margin"] if report.memory.size else []), rows)
 
@@ -293,7 +311,8 @@ def _totals(report: Report, contexts: Sequence[int]) -> str:
         found = report.memory.verdict(entry)
         mark = "" if found is None else " " if found.fits else "*"
         totals.setdefault(entry.scheme, []).append(format_gib(entry.total_bytes) + mark)
-    text = options.table(["scheme", *map(format_tokens, contexts)], [[name, *cells] for name, cells in totals.items()])
+    rows = [[name, *cells] for name, cells in totals.items()]
+    text = options.table(["scheme", *map(format_tokens, contexts)], rows)
     if report.memory.size:
         text += f"\n\n* does not fit {format_bytes(report.memory.size.nbytes - report.memory.reserve)}"
     return text

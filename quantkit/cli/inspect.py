@@ -73,16 +73,20 @@ def _text(subject: options.Subject) -> str:
     rows.append(["total", f"{config.parameters:,}"])
     facts = options.Facts(
         [
-            ("architecture", f"{config.architecture}, {config.n_layers} layers, {len(config.tensors)} tensors"),
+            ("architecture", f"{config.architecture}, {config.n_layers} layers"),
+            ("tensors", f"{len(config.tensors)}"),
             ("dtype", config.dtype),
             ("hidden, FFN", f"{config.hidden_size:,}, {config.intermediate_size:,}"),
             ("attention", _attention(config)),
-            ("vocabulary", f"{config.vocab_size:,}, head {'tied' if config.tie_embeddings else 'of its own'}"),
+            (
+                "vocabulary",
+                f"{config.vocab_size:,}, {'tied' if config.tie_embeddings else 'untied'} head",
+            ),
             ("activation", f"{config.activation}, gated (SwiGLU)"),
             ("norm", f"RMSNorm, eps {config.norm_eps:g}"),
             ("RoPE", _rope(config)),
-            ("window", f"{config.sliding_window:,} tokens" if config.sliding_window else "none: full attention"),
-            ("context", f"{config.max_context:,} tokens ({format_tokens(config.max_context)})"),
+            ("window", f"{config.sliding_window:,} tokens" if config.sliding_window else "none"),
+            ("context", f"{config.max_context:,} tokens"),
         ]
     )
     if subject.checkpoint:

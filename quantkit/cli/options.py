@@ -70,10 +70,13 @@ schemes = click.option(
     "--scheme", "schemes", multiple=True, metavar="NAME", help="A precision by name, such as nf4; repeatable."
 )
 _include = click.option(
-    "--include", multiple=True, metavar="PATTERN", help="Quantize these matrices too, such as lm_head; repeatable."
+    "--include", multiple=True, metavar="PATTERN", help="Also quantize these, such as lm_head; repeatable."
 )
 _exclude = click.option(
-    "--exclude", multiple=True, metavar="PATTERN", help="Leave these matrices as they are, such as '*.v_proj'."
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave these as they are, such as '*.v_proj'.",
 )
 
 
@@ -100,9 +103,9 @@ def file_policy(command: Command) -> Command:
 
 
 def as_indivisible(text: str | None) -> Indivisible:
-    """Return the policy that an option's value names; none given refuses."""
-    known: Mapping[str | None, Indivisible] = {None: "refuse", "short": "short", "int8": "int8", "keep": "keep"}
-    return known[text]
+    """Return the policy that the value of --indivisible names; none given refuses."""
+    known: Mapping[str, Indivisible] = {"short": "short", "int8": "int8", "keep": "keep"}
+    return known[text] if text else "refuse"
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,8 @@ def find_model(name: str) -> Subject:
     path = Path(name)
     if not path.exists():
         raise ConfigError(
-            f"unknown model {name!r}: presets are {', '.join(PRESETS)}; or name a directory with config.json, "
-            "or a .gguf file"
+            f"unknown model {name!r}: presets are {', '.join(PRESETS)}; or name a directory with "
+            "config.json, or a .gguf file"
         )
     from quantkit.formats.checkpoint import open_checkpoint
 
@@ -165,7 +168,8 @@ def open_weights(name: str) -> Checkpoint:
     path = Path(name)
     if not path.exists() and name.lower() in PRESETS:
         raise CheckpointError(
-            f"{name} is a preset, shapes without weights: name a model directory with config.json, or a .gguf file"
+            f"{name} is a preset, shapes without weights: name a model directory with config.json, "
+            "or a .gguf file"
         )
     return open_checkpoint(path)
 
@@ -202,5 +206,6 @@ class Facts:
     lines: list[tuple[str, str]] = field(default_factory=list)
 
     def text(self, indent: str = "  ") -> str:
+        """Return the lines, each after `indent`."""
         width = max((len(label) for label, _ in self.lines), default=0)
         return "\n".join(f"{indent}{label.ljust(width)}  {text}" for label, text in self.lines)

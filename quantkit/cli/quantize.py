@@ -19,14 +19,10 @@ if TYPE_CHECKING:
 @click.command("quantize")
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--scheme", required=True, metavar="NAME", help="int8, int4-g128, nf4, bf16, ... as in estimate.")
-@click.option("--include", multiple=True, metavar="PATTERN", help="Also quantize these (lm_head); repeatable.")
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these as they are; repeatable.")
 @click.option(
-    "--indivisible",
-    type=click.Choice(["int8", "keep"]),
-    help="What becomes of a matrix whose rows the group does not divide [default: refuse].",
+    "--scheme", required=True, metavar="NAME", help="int8, int4-g128, nf4, bf16, ... as in estimate."
 )
+@options.file_policy
 @click.option("--force", is_flag=True, help="Replace OUT where it is a model directory or empty.")
 @click.option("--json", "as_json", is_flag=True, help="Print errors and sizes as JSON.")
 def command(
@@ -50,7 +46,7 @@ def command(
     checkpoint = options.open_weights(model)
     from quantkit.quantize.convert import convert
 
-    policy: Any = indivisible or "refuse"
+    policy = options.as_indivisible(indivisible)
     with options.progress(f"writing {wanted.name}", checkpoint.config.parameters) as bar:
         conversion = convert(checkpoint, out, wanted, include, exclude, policy, force, bar.update)
     click.echo(json.dumps(_body(conversion), indent=1) if as_json else _text(conversion))

@@ -112,7 +112,7 @@ def perplexity(
 
 def token_nll(decoder: Decoder, ids: torch.Tensor, kv_bits: int | None = None) -> torch.Tensor:
     """Return the float32 NLL (B, T - 1) of each id given those before it, for ids (B, T)."""
-    cache = decoder.new_cache(*ids.shape, kv_bits)
+    cache = decoder.new_cache(ids.shape[0], ids.shape[1], kv_bits)
     states = decoder.forward(ids, cache)[:, :-1]
     step = max(1, _LOGITS_PER_CHUNK // (decoder.config.vocab_size * ids.shape[0]))
     pieces = []

@@ -166,7 +166,7 @@ class ShardWriter:
             "data_offsets": [begin, self.data_bytes],
         }
         if tensor.nbytes:
-            self._file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
         """Write what waited and the header, and flush to the disk."""

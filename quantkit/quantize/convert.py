@@ -124,7 +124,7 @@ def plan_conversion(
     if checkpoint.schemes:
         name, stored = next(iter(checkpoint.schemes.items()))
         raise CheckpointError(
-            f"{checkpoint.path} is quantized already ({name} is {stored.name}): start from the original weights"
+            f"{checkpoint.path} is quantized already ({name} is {stored.name}): start from the original"
         )
     if not scheme.quantized:
         if include or exclude:
@@ -132,11 +132,13 @@ def plan_conversion(
         return {}
     plan = plan_weights(checkpoint.config, scheme, include, exclude, indivisible)
     if not plan:
-        raise SchemeError(f"nothing of {checkpoint.config.name} would be {scheme.name}: choose what to quantize")
+        raise SchemeError(
+            f"nothing of {checkpoint.config.name} would be {scheme.name}: choose what to quantize"
+        )
     if not scheme.symmetric and set(plan.values()) != {scheme}:
         raise SchemeError(
-            f"{scheme.name} beside int8 cannot be loaded: transformers reads zero points with one config group "
-            "only. Choose a symmetric scheme, or --indivisible keep"
+            f"{scheme.name} beside int8 cannot be loaded: transformers reads zero points with one "
+            "config group only. Choose a symmetric scheme, or --indivisible keep"
         )
     return plan
 
@@ -202,7 +204,7 @@ class _Job:
     def write_weights(
         self, directory: Path, shard_bytes: int, progress: Callable[[int], None]
     ) -> tuple[tuple[MatrixError, ...], int]:
-        """Write all shards and the index; return a row for each converted matrix, and bytes of all weights."""
+        """Write shards and index; return a row for each converted matrix, and bytes of all weights."""
         shards = _shards(self.config.tensors, self.room, shard_bytes)
         rows: list[MatrixError] = []
         weight_map: dict[str, str] = {}
@@ -243,8 +245,10 @@ class _Job:
         else:
             stored = _cast(weight, self.dtype, f"{self.checkpoint.path}: {spec.name}")
             writer.write(spec.name, stored)
-        converted = scheme is not None or (not self.scheme.quantized and stored.dtype != weight.dtype)
-        if len(spec.shape) != 2 or not converted:
+        recast = (
+            isinstance(stored, torch.Tensor) and not self.scheme.quantized and stored.dtype != weight.dtype
+        )
+        if len(spec.shape) != 2 or not (scheme or recast):
             return stored.nbytes, None
         row = MatrixError(
             name=spec.name,
@@ -295,7 +299,7 @@ def _cast(weight: torch.Tensor, dtype: str, where: str) -> torch.Tensor:
     if cast.dtype != weight.dtype and not all(map(torch.isfinite, torch.aminmax(cast))):
         largest = max(abs(value.item()) for value in torch.aminmax(weight))
         raise CheckpointError(
-            f"{where} holds {largest:g}, beyond the {torch.finfo(cast.dtype).max:g} of {dtype}: use bf16 or fp32"
+            f"{where} holds {largest:g}, beyond the {torch.finfo(cast.dtype).max:g} of {dtype}: use another"
         )
     return cast
 

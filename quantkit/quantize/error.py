@@ -38,7 +38,9 @@ def _chunks(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield pieces of the original and what is restored of them, in the same shape."""
     if not isinstance(stored, QuantizedTensor):
-        yield from zip(weight.reshape(-1).split(_CHUNK_ELEMENTS), stored.reshape(-1).split(_CHUNK_ELEMENTS), strict=True)
+        yield from zip(
+            weight.reshape(-1).split(_CHUNK_ELEMENTS), stored.reshape(-1).split(_CHUNK_ELEMENTS), strict=True
+        )
         return
     if stored.scheme.method == "nf4":
         yield from _nf4_chunks(weight.reshape(-1), stored)
@@ -52,7 +54,9 @@ def _chunks(
         shape = (min(step, rows - start), cols)
         yield (
             weight[piece],
-            dequantize(QuantizedTensor(stored.scheme, shape, stored.codes[piece], stored.scales[piece], zeros=zeros)),
+            dequantize(
+                QuantizedTensor(stored.scheme, shape, stored.codes[piece], stored.scales[piece], zeros=zeros)
+            ),
         )
 
 

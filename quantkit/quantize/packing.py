@@ -31,7 +31,7 @@ _WORD_BYTES = 4
 
 
 def pack_low_first(codes: torch.Tensor) -> torch.Tensor:
-    """Pack uint8 codes 0..15 of shape (..., K) into (..., ceil(K / 2)), the even element in the low nibble."""
+    """Pack uint8 codes 0..15 of shape (..., K) into (..., ceil(K / 2)), the even element low."""
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
     return codes[..., ::2] | (codes[..., 1::2] << 4)

@@ -51,7 +51,9 @@ def staged_directory(out: Path, source: Path, force: bool) -> Iterator[Path]:
         check_replaceable(out, source, force)  # hours may have passed
         _publish(new, out, staging / "old")
     except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror or error}; nothing is left of it") from None
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror or error}; nothing is left of it"
+        ) from None
     finally:
         _discard(staging, out)
         os.close(lock)

@@ -33,7 +33,9 @@ def halfway() -> torch.Tensor:
     midpoints = (codebook[:-1] + codebook[1:]) / 2
     infinity = torch.tensor(torch.inf)
     values = torch.cat((midpoints, midpoints.nextafter(infinity), midpoints.nextafter(-infinity)))
-    return torch.cat((values, torch.ones(64 - len(values)))).repeat(4, 1) * torch.tensor([[1.0], [0.5], [3.0], [0.7]])
+    return torch.cat((values, torch.ones(64 - len(values)))).repeat(4, 1) * torch.tensor(
+        [[1.0], [0.5], [3.0], [0.7]]
+    )
 
 
 MATRICES: dict[str, Callable[[], torch.Tensor]] = {
@@ -86,7 +88,9 @@ def test_nested_statistics_are_bit_identical(matrix: str, dtype: str) -> None:
 def test_dequantized_values_are_equal(matrix: str, scheme: str) -> None:
     weight = MATRICES[matrix]().reshape(1, -1)  # one row: on CPU the package misplaces blocks that cross rows
     nested = SCHEMES[scheme].nested
-    codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=nested)
+    codes, state = functional.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=nested
+    )
     restored = functional.dequantize_4bit(codes, state)
     assert torch.equal(dequantize(quantize(weight, SCHEMES[scheme], torch.float32)), restored)
 

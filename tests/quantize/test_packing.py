@@ -65,7 +65,10 @@ def golden_matrix() -> torch.Tensor:
 @pytest.mark.parametrize("scheme", QUANTIZED)
 def test_bytes_are_those_of_the_golden(scheme: str) -> None:
     tensor = quantize(golden_matrix(), SCHEMES[scheme], torch.float32)
-    found = {name: part.reshape(-1).view(torch.uint8).numpy().tobytes().hex() for name, part in tensor.parts().items()}
+    found = {
+        name: part.reshape(-1).view(torch.uint8).numpy().tobytes().hex()
+        for name, part in tensor.parts().items()
+    }
     assert found == GOLDEN[scheme]
 
 

@@ -1,0 +1,312 @@
+"""`quantkit estimate`, and how the command line ends when something goes wrong."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from quantkit.cli.main import cli, explain
+from quantkit.errors import ConfigError, QuantkitError, SchemeError
+from quantkit.presets import PRESETS
+from quantkit.records import read_record
+from quantkit.schemes import SCHEMES
+from tests.checkpoints import hf_config, tiny_config, write_checkpoint
+from tests.paths import ROOT, smollm2_gguf
+
+FIELDS = {
+    "scheme", "kv_bits", "context", "batch", "weights_bytes", "kv_cache_bytes", "activations_bytes",
+    "overhead_bytes", "total_bytes",
+}  # fmt: skip
+PARTS = ("weights_bytes", "kv_cache_bytes", "activations_bytes", "overhead_bytes")
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli, ["estimate", *map(str, arguments)])
+
+
+def body(*arguments: str | Path) -> dict:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "quantkit", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_json_has_every_field_and_parts_that_add_up() -> None:
+    found = body()
+    assert found["model"] == "mistral-7b-instruct-v0.2"
+    assert found["parameters"] == 7_241_732_096
+    assert found["parameters_by_role"]["ffn"] == 5_637_144_576
+    assert [entry["context"] for entry in found["estimates"][:6]] == [1024, 2048, 4096, 8192, 16384, 32768]
+    for entry in found["estimates"]:
+        assert set(entry) == FIELDS
+        assert entry["total_bytes"] == sum(entry[part] for part in PARTS)
+        assert all(type(entry[name]) is int for name in FIELDS - {"scheme"})
+    assert {entry["scheme"] for entry in found["estimates"]} == {
+        "bf16", "int8", "int4-g128", "int4-g64", "int4-g32", "nf4", "nf4-dq",
+    }  # fmt: skip
+
+
+def test_assumptions_are_said() -> None:
+    assumed = body("--prefill-chunk", "1k", "--kv-bits", "4")["assumptions"]
+    assert "quantkit's own runtime" in assumed["runtime"]
+    assert assumed["prefill_chunk"] == 1024
+    assert assumed["kv_bytes_per_token"] == 33_792
+    assert "int4" in assumed["kv_layout"]
+    assert assumed["overhead"]["status"] == "assumed"
+    assert assumed["overhead"]["bytes"] == 570_425_344
+    text = run("--context", "32k").stdout
+    for said in (
+        "quantkit's own runtime",
+        "2,048 tokens",
+        "131,072 bytes a token",
+        "assumed",
+        "CUDA context",
+    ):
+        assert said in text
+
+
+def test_four_bits_open_with_one_sentence() -> None:
+    result = run("--context", "32768", "--bits", "4")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert "needs" in lines[0]
+    assert "smallest common card" in lines[0]
+    header = next(line for line in lines if line.startswith("scheme"))
+    assert header.split() == ["scheme", "weights", "KV", "cache", "activations", "overhead", "total"]
+    rows = lines[lines.index(header) + 1 :]
+    assert rows[0].startswith("int4-g128 ")
+    assert rows[0].split()[1:3] == ["3.84", "4.00"]
+    names = [row.split()[0] for row in rows[: rows.index("")]]
+    assert set(names) == {name for name, scheme in SCHEMES.items() if scheme.bits == 4}
+    assert len({len(row) for row in [header, *rows[: len(names)]]}) == 1
+
+
+def test_no_card_holds_everything() -> None:
+    assert "more than any one card" in run("--bits", "16", "--context", "32k", "--batch", "64").stdout
+
+
+def test_bits_and_schemes_combine_each_once() -> None:
+    found = body("--bits", "8", "--scheme", "nf4", "--scheme", "int8", "--bits", "16", "--context", "1k")
+    assert [entry["scheme"] for entry in found["estimates"]] == ["int8", "bf16", "nf4"]
+
+
+def test_without_a_context_totals_are_schemes_by_contexts() -> None:
+    lines = run().stdout.splitlines()
+    header = next(line for line in lines if line.startswith("scheme"))
+    assert header.split() == ["scheme", "1k", "2k", "4k", "8k", "16k", "32k"]
+    assert all(len(line.split()) == 7 for line in lines[lines.index(header) + 1 : lines.index(header) + 8])
+
+
+def test_memory_gives_a_verdict() -> None:
+    found = body("--vram", "12GiB", "--reserve", "1GiB", "--context", "32k")["estimates"]
+    by_scheme = {entry["scheme"]: entry for entry in found}
+    assert by_scheme["int4-g128"]["fits"] is True
+    assert by_scheme["bf16"]["fits"] is False
+    for entry in found:
+        assert entry["margin_bytes"] == 11 * 2**30 - entry["total_bytes"]
+    text = run("--vram", "12GiB", "--context", "32k").stdout
+    assert "margin" in text
+    assert "* does not fit 12.00 GiB" in run("--vram", "12GiB").stdout
+
+
+def test_gb_is_not_gib() -> None:
+    text = run("--vram", "24GB", "--context", "1k").stdout
+    assert "a card sold as 24 GB has about 24 GiB" in text
+    assert body("--vram", "24GB", "--context", "1k")["assumptions"]["vram_bytes"] == 24 * 10**9
+    bare = run("--vram", "24")
+    assert bare.exit_code == 2
+    assert "24GiB" in bare.stderr
+
+
+def test_csv_is_the_json_in_columns() -> None:
+    rows = list(csv.DictReader(io.StringIO(run("--csv", "--vram", "24GiB").stdout)))
+    entries = body("--vram", "24GiB")["estimates"]
+    assert [{key: str(value).lower() for key, value in entry.items()} for entry in entries] == rows
+
+
+def test_the_record_holds_the_json(tmp_path: Path) -> None:
+    path = tmp_path / "estimate.json"
+    result = run("--json", "--output", path)
+    record = read_record(path)
+    assert record.kind == "estimate"
+    assert record.body == json.loads(result.stdout)
+
+
+def test_short_groups_are_noted_and_can_be_avoided() -> None:
+    args = ("smollm2-135m", "--scheme", "int4-g128", "--context", "1k")
+    assert any("K = 576" in note for note in body(*args)["notes"])
+    sizes = {policy: body(*args, "--indivisible", policy) for policy in ("short", "int8", "keep")}
+    assert not sizes["int8"]["notes"]
+    weights = [sizes[policy]["estimates"][0]["weights_bytes"] for policy in ("short", "int8", "keep")]
+    assert weights == sorted(set(weights))
+
+
+def test_include_and_exclude_move_bytes() -> None:
+    args = ("--scheme", "int8", "--context", "1k")
+    plain, more, less = (
+        body(*args, *extra)["estimates"][0]["weights_bytes"]
+        for extra in ((), ("--include", "lm_head"), ("--exclude", "*.v_proj"))
+    )
+    assert more < plain < less
+
+
+def test_a_context_beyond_the_models_is_a_warning() -> None:
+    result = run("tinyllama-1.1b", "--context", "4k")
+    assert result.exit_code == 0
+    assert result.stderr == "Warning: 4k: above the 2k tokens that tinyllama-1.1b is made for\n"
+    assert run("--context", "32k").stderr == ""
+
+
+def test_a_plain_directory_is_no_stored_row(tmp_path: Path) -> None:
+    config = tiny_config()
+    directory = write_checkpoint(tmp_path / "model", config, "fp32", seed=0)
+    found = body(directory, "--context", "64")["estimates"]
+    assert [(entry["scheme"], entry["kv_bits"]) for entry in found][:3] == [
+        ("fp32", 32),
+        ("bf16", 16),
+        ("int8", 32),
+    ]
+    assert found[0]["weights_bytes"] == 4 * config.parameters
+
+
+def test_a_config_alone_will_do(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(tiny_config(), "bf16")))
+    assert body(tmp_path, "--context", "64")["estimates"][0]["scheme"] == "bf16"
+
+
+def test_a_quantized_directory_comes_as_stored_first(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", tiny_config(), "bf16", seed=0)
+    quantized = CliRunner().invoke(
+        cli, ["quantize", str(directory), str(tmp_path / "nf4"), "--scheme", "nf4"]
+    )
+    assert quantized.exit_code == 0, quantized.output
+    found = {entry["scheme"]: entry for entry in body(tmp_path / "nf4", "--context", "64")["estimates"]}
+    assert next(iter(found)) == "as-stored"
+    assert found["as-stored"] == {**found["nf4"], "scheme": "as-stored"}
+
+
+def test_a_gguf_comes_as_stored_first() -> None:
+    found = body(smollm2_gguf(), "--context", "1k")
+    first = found["estimates"][0]
+    assert first["scheme"] == "as-stored"
+    assert first["weights_bytes"] < 134_515_008
+    assert any("dequantized" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        (["gpt-5"], ConfigError, "presets are mistral-7b-instruct-v0.2"),
+        (["--scheme", "int3"], SchemeError, "unknown scheme 'int3'"),
+        (["--include", "nothing"], SchemeError, "matches no tensor"),
+        (["--output", "/dev/null/record.json", "--context", "1k"], QuantkitError, "cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], error: type[Exception], said: str) -> None:
+    result = run(*arguments)
+    assert isinstance(result.exception, error)
+    assert said in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--context", "0"],
+        ["--context", "x"],
+        ["--bits", "3"],
+        ["--batch", "0"],
+        ["--json", "--csv"],
+        ["--nonsense"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+def test_a_process_prints_one_line_and_its_code() -> None:
+    unknown = process("estimate", "gpt-5")
+    assert (unknown.returncode, unknown.stdout, unknown.stderr.count("\n")) == (1, "", 1)
+    assert unknown.stderr.startswith("Error: unknown model 'gpt-5': presets are ")
+    assert process("estimate", "--vram", "24").returncode == 2
+    assert process("nonsense").returncode == 2
+    assert process("--version").stdout.startswith("quantkit, version ")
+
+
+def test_it_answers_at_once_and_without_torch() -> None:
+    program = (
+        "import sys; sys.argv[1:] = ['estimate', '--context', '32768', '--bits', '4']\n"
+        "from quantkit.cli.main import run\n"
+        "try: run()\n"
+        "finally: print([n for n in ('torch', 'numpy', 'pandas') if n in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    seconds = []
+    for _ in range(10):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        process("estimate", "--context", "32768", "--bits", "4")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert statistics.median(seconds) < 0.2  # of processor time, since tests share their machine
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_signals_unwind_and_have_their_codes(name: str, code: int, tmp_path: Path) -> None:
+    program = (
+        "import os, pathlib, signal, sys, time\n"
+        "from quantkit.cli import main, options\n"
+        "def find_model(path):\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), signal.{name})\n"
+        "        time.sleep(5)\n"
+        "    finally:\n"
+        "        pathlib.Path(path).write_text('cleaned up')\n"
+        "options.find_model = find_model\n"
+        "sys.argv.insert(1, 'estimate')\n"
+        "main.run()"
+    )
+    marker = tmp_path / "marker"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(marker)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert marker.read_text() == "cleaned up"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    command = f"{sys.executable} -m quantkit estimate --json | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("{\n", "")
+
+
+def test_errors_of_the_machine_are_one_line() -> None:
+    assert "the disk is full: /x/y" in str(explain(OSError(errno.ENOSPC, "No space left on device", "/x/y")))
+    assert explain(PermissionError(errno.EACCES, "Permission denied", "/x")) == "Permission denied: /x"
+    assert "out of memory" in str(explain(MemoryError()))
+    assert "out of memory" in str(
+        explain(RuntimeError("DefaultCPUAllocator: can't allocate memory: 5 bytes"))
+    )
+    assert explain(QuantkitError("two\nlines")) == "two lines"
+    assert explain(KeyError("a bug")) is None
+
+
+def test_presets_are_in_the_help() -> None:
+    text = " ".join(run("--help").stdout.split())
+    assert all(name in text for name in PRESETS)
