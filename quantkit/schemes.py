@@ -147,7 +147,7 @@ def plan_weights(
     """
     if not scheme.quantized:
         return {}
-    chosen = [spec for spec in _chosen(config, include, exclude)]
+    chosen = list(_chosen(config, include, exclude))
     ragged = [spec for spec in chosen if not scheme.divides(spec.shape[1])]
     if ragged and indivisible == "refuse":
         raise SchemeError(_refusal(config, scheme, chosen, ragged[0]))

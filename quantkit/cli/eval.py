@@ -18,15 +18,27 @@ if TYPE_CHECKING:
 @click.command("eval")
 @click.argument("model")
 @click.option("--scheme", "schemes", multiple=True, metavar="NAME", help="Also quantize to this; repeatable.")
-@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 file; default: Python's language reference.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="UTF-8 file; default: Python's language reference."
+)
 @click.option("--dataset", type=click.Choice(["wikitext2"]), help="Fetch this text from the Hub.")
-@click.option("--window", type=click.IntRange(2), help="Tokens a window holds [default: 2048, or the context].")
+@click.option(
+    "--window", type=click.IntRange(2), help="Tokens a window holds [default: 2048, or the context]."
+)
 @click.option("--stride", type=click.IntRange(1), help="Tokens between windows [default: the window].")
 @click.option("--limit-tokens", type=click.IntRange(2), help="Use only this many tokens of the text.")
-@click.option("--kv-bits", type=click.Choice(["16", "8", "4"]), help="Bits of the KV cache [default: the dtype's].")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Compute in this [default: the checkpoint's].")
+@click.option(
+    "--kv-bits", type=click.Choice(["16", "8", "4"]), help="Bits of the KV cache [default: the dtype's]."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Compute in this [default: the checkpoint's].",
+)
 @options.policy
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Record [default: perplexity-MODEL.json].")
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), help="Record [default: perplexity-MODEL.json]."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the record's body as JSON.")
 def command(
     model: str,
@@ -56,7 +68,9 @@ def command(
 
     wanted = [get_scheme(name) for name in schemes]
     checkpoint = options.open_weights(model)
-    source = texts.text_file(text) if text else texts.hub_dataset(dataset) if dataset else texts.python_reference()
+    source = (
+        texts.text_file(text) if text else texts.hub_dataset(dataset) if dataset else texts.python_reference()
+    )
     evaluation = run.Evaluation(
         checkpoint, source, window, stride, limit_tokens, int(kv_bits) if kv_bits else None, dtype
     )

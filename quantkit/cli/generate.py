@@ -16,8 +16,14 @@ from quantkit.cli import options
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--chat", is_flag=True, help="Wrap PROMPT in the model's chat template.")
 @click.option("--scheme", metavar="NAME", help="Quantize to this in memory first.")
-@click.option("--kv-bits", type=click.Choice(["16", "8", "4"]), help="Bits of the KV cache [default: the dtype's].")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Compute in this [default: the checkpoint's].")
+@click.option(
+    "--kv-bits", type=click.Choice(["16", "8", "4"]), help="Bits of the KV cache [default: the dtype's]."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Compute in this [default: the checkpoint's].",
+)
 def command(
     model: str,
     prompt: str,
@@ -42,7 +48,9 @@ def command(
     tokenizer = checkpoint.tokenizer()
     ids = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
     if not ids:
-        raise QuantkitError("the prompt is empty, and this tokenizer has no BOS to begin with: give a word at least")
+        raise QuantkitError(
+            "the prompt is empty, and this tokenizer has no BOS to begin with: give a word at least"
+        )
     if len(ids) + max_new_tokens > config.max_context:
         click.echo(
             f"Warning: {len(ids):,} + {max_new_tokens:,} tokens exceed the {config.max_context:,} of {config.name}",
@@ -53,6 +61,8 @@ def command(
     stop_ids = {*config.eos_token_ids, *tokenizer.eos_ids}
     stream = tokenizer.stream()
     sampling = Sampling(temperature, top_p, seed)
-    for token in generate(decoder, ids, max_new_tokens, sampling, stop_ids, int(kv_bits) if kv_bits else None):
+    for token in generate(
+        decoder, ids, max_new_tokens, sampling, stop_ids, int(kv_bits) if kv_bits else None
+    ):
         click.echo(stream.feed(token), nl=False)
     click.echo(stream.finish())

@@ -56,10 +56,14 @@ def hub_dataset(name: str) -> Text:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise QuantkitError(f"--dataset {name} needs the datasets package: pip install 'quantkit[hub]'") from None
+        raise QuantkitError(
+            f"--dataset {name} needs the datasets package: pip install 'quantkit[hub]'"
+        ) from None
     try:
         rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
     except Exception as error:  # the hub client raises many kinds, none of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise QuantkitError(f"{name} cannot be fetched from the Hub ({reason}); use --text FILE offline") from error
+        raise QuantkitError(
+            f"{name} cannot be fetched from the Hub ({reason}); use --text FILE offline"
+        ) from error
     return Text("wikitext-2-raw-v1 test, joined by blank lines", "\n\n".join(rows))

@@ -16,7 +16,6 @@ from quantkit.errors import CheckpointError
 from quantkit.formats import bitsandbytes, compressed_tensors
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.safetensors import FLOAT_DTYPES, Entry, SafetensorsFile
-from quantkit.schemes import QuantScheme
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +68,9 @@ class HuggingFaceCheckpoint(Checkpoint):
                 return
             if compressed_tensors.is_stored(spec.name, entries):
                 if self._groups is None:
-                    raise CheckpointError(f"{self.path}: {spec.name} is packed, but config.json has no config_groups")
+                    raise CheckpointError(
+                        f"{self.path}: {spec.name} is packed, but config.json has no config_groups"
+                    )
                 scheme = compressed_tensors.stored_scheme(spec.name, spec.shape, entries, self._groups)
                 self.stored_bytes += compressed_tensors.stored_bytes(spec.name, scheme, spec.shape, entries)
                 self.schemes[spec.name] = scheme

@@ -79,7 +79,8 @@ def test_stride_scores_every_token_once(model: str, text: str, tmp_path: Path) -
 def test_kv_bits_are_used_and_said(model: str, text: str, tmp_path: Path) -> None:
     common = ["--text", text, "--limit-tokens", "2048", "--json", "-o", tmp_path / "record.json"]
     plain, quantized = (
-        json.loads(run("eval", model, *common, *bits).stdout)["results"][0] for bits in ([], ["--kv-bits", "4"])
+        json.loads(run("eval", model, *common, *bits).stdout)["results"][0]
+        for bits in ([], ["--kv-bits", "4"])
     )
     assert quantized["kv_bits"] == 4
     assert quantized["nll"] > plain["nll"]

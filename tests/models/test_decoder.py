@@ -60,7 +60,9 @@ def run_steps(decoder: Decoder, ids: torch.Tensor, sizes: list[int]) -> torch.Te
     """Return all logits, fed in pieces of these sizes and then token by token."""
     cache = decoder.new_cache(ids.shape[0], ids.shape[1])
     rest = [1] * (ids.shape[1] - sum(sizes))
-    return torch.cat([decoder.logits(decoder.forward(piece, cache)) for piece in ids.split(sizes + rest, dim=1)], 1)
+    return torch.cat(
+        [decoder.logits(decoder.forward(piece, cache)) for piece in ids.split(sizes + rest, dim=1)], 1
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -73,7 +75,9 @@ def test_logits_equal_transformers(name: str, tmp_path: Path, ids: torch.Tensor)
 
 @pytest.mark.parametrize("sizes", [[], [40], [13, 1, 9], [3, 30, 7]], ids=str)
 @pytest.mark.parametrize("name", ["mistral-gqa", "mistral-window", "llama-tied", "qwen2-biases"])
-def test_steps_and_chunks_equal_one_prefill(name: str, sizes: list[int], tmp_path: Path, ids: torch.Tensor) -> None:
+def test_steps_and_chunks_equal_one_prefill(
+    name: str, sizes: list[int], tmp_path: Path, ids: torch.Tensor
+) -> None:
     theirs, ours = make(tmp_path, name)
     with torch.no_grad():
         expected = theirs(ids).logits
