@@ -43,7 +43,10 @@ def main(out: Path, tokens: int) -> None:
     )  # fmt: skip
     quantkit("generate", out / "smollm2-int8", PROMPT, "--chat", "-n", 80)
     quantkit("report", *records, "-o", out)
-    print(f"\nThe report is {out / 'report.md'}, with its charts beside it.")
+    for table in sorted(out.glob("*-perplexity.md")):
+        print(f"\n{table.read_text()}")
+    print("charts:", *sorted(out.glob("*.png")), sep="\n  ")
+    print(f"report: {out / 'report.md'}")
 
 
 if __name__ == "__main__":

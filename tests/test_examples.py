@@ -50,7 +50,8 @@ def test_the_demo_leaves_a_report_with_charts(tmp_path: Path) -> None:
     assert "int8" in output
     assert "nf4" in output
     report = tmp_path / "report.md"
-    assert f"The report is {report}" in output
+    assert output.rstrip().endswith(f"report: {report}")
+    assert all(str(chart) in output for chart in tmp_path.glob("*.png"))
     assert report.read_text().count("](") >= len(list(tmp_path.glob("*.png"))) >= 2
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         file.name for file in (tmp_path / "smollm2-nf4").iterdir()
