@@ -78,9 +78,7 @@ class Report:
     help="All of these bits; repeatable.",
 )
 @options.schemes
-@click.option(
-    "--kv-bits", type=click.Choice(["16", "8", "4"]), help="Of the KV cache [default: the dtype's]."
-)
+@options.kv_bits
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
 @click.option("--prefill-chunk", type=options.TOKENS, default=PREFILL_CHUNK, show_default=True)
 @click.option("--vram", type=options.SIZE, help="Memory of the GPU, such as 24GiB: adds a verdict.")
@@ -94,7 +92,7 @@ def command(
     contexts: Sequence[int],
     bits: Sequence[str],
     schemes: Sequence[str],
-    kv_bits: str | None,
+    kv_bits: int | None,
     batch: int,
     prefill_chunk: int,
     vram: options.Size | None,
@@ -121,7 +119,7 @@ def command(
         plan = plan_weights(config, scheme, include, exclude, policy)
         rows.append(Row(scheme, plan, weight_bytes(config, scheme, plan)))
     tokens = list(dict.fromkeys(contexts)) or list(DEFAULT_CONTEXTS)
-    workload = Workload(max(tokens), batch, int(kv_bits) if kv_bits else None, prefill_chunk)
+    workload = Workload(max(tokens), batch, kv_bits, prefill_chunk)
     estimates = [
         estimate(config, row.scheme, replace(workload, context=context), row.plan, row.weights_bytes)
         for row in rows

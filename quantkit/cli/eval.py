@@ -27,14 +27,8 @@ if TYPE_CHECKING:
 )
 @click.option("--stride", type=click.IntRange(1), help="Tokens between windows [default: the window].")
 @click.option("--limit-tokens", type=click.IntRange(2), help="Use only this many tokens of the text.")
-@click.option(
-    "--kv-bits", type=click.Choice(["16", "8", "4"]), help="Bits of the KV cache [default: the dtype's]."
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
-    help="Compute in this [default: the checkpoint's].",
-)
+@options.kv_bits
+@options.dtype
 @options.policy
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path), help="Record [default: perplexity-MODEL.json]."
@@ -48,7 +42,7 @@ def command(
     window: int | None,
     stride: int | None,
     limit_tokens: int | None,
-    kv_bits: str | None,
+    kv_bits: int | None,
     dtype: str | None,
     include: Sequence[str],
     exclude: Sequence[str],
@@ -71,9 +65,7 @@ def command(
     source = (
         texts.text_file(text) if text else texts.hub_dataset(dataset) if dataset else texts.python_reference()
     )
-    evaluation = run.Evaluation(
-        checkpoint, source, window, stride, limit_tokens, int(kv_bits) if kv_bits else None, dtype
-    )
+    evaluation = run.Evaluation(checkpoint, source, window, stride, limit_tokens, kv_bits, dtype)
     with options.progress("evaluating", evaluation.n_windows * (1 + len(wanted))) as bar:
         results = evaluation.run(wanted, include, exclude, options.as_indivisible(indivisible), bar.update)
     body = evaluation.body(results)

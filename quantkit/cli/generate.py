@@ -16,14 +16,8 @@ from quantkit.cli import options
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--chat", is_flag=True, help="Wrap PROMPT in the model's chat template.")
 @click.option("--scheme", metavar="NAME", help="Quantize to this in memory first.")
-@click.option(
-    "--kv-bits", type=click.Choice(["16", "8", "4"]), help="Bits of the KV cache [default: the dtype's]."
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
-    help="Compute in this [default: the checkpoint's].",
-)
+@options.kv_bits
+@options.dtype
 def command(
     model: str,
     prompt: str,
@@ -33,7 +27,7 @@ def command(
     seed: int,
     chat: bool,
     scheme: str | None,
-    kv_bits: str | None,
+    kv_bits: int | None,
     dtype: str | None,
 ) -> None:
     """Continue PROMPT with MODEL, a directory or .gguf file."""
@@ -61,8 +55,6 @@ def command(
     stop_ids = {*config.eos_token_ids, *tokenizer.eos_ids}
     stream = tokenizer.stream()
     sampling = Sampling(temperature, top_p, seed)
-    for token in generate(
-        decoder, ids, max_new_tokens, sampling, stop_ids, int(kv_bits) if kv_bits else None
-    ):
+    for token in generate(decoder, ids, max_new_tokens, sampling, stop_ids, kv_bits):
         click.echo(stream.feed(token), nl=False)
     click.echo(stream.finish())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from calculators.units import is_decimal_unit, parse_size, parse_tokens
-from quantkit.config import ModelConfig, config_from_json
+from quantkit.config import DTYPE_BITS, ModelConfig, config_from_json
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.presets import PRESETS
 from quantkit.schemes import Indivisible, QuantScheme
@@ -68,6 +68,15 @@ TOKENS, SIZE = TokensParam(), SizeParam()
 
 schemes = click.option(
     "--scheme", "schemes", multiple=True, metavar="NAME", help="A precision by name, such as nf4; repeatable."
+)
+kv_bits = click.option(
+    "--kv-bits",
+    type=click.Choice(["16", "8", "4"]),
+    callback=lambda ctx, param, value: int(value) if value else None,
+    help="Bits of the KV cache [default: the dtype's].",
+)
+dtype = click.option(
+    "--dtype", type=click.Choice(list(DTYPE_BITS)), help="Compute in this [default: the checkpoint's]."
 )
 _include = click.option(
     "--include", multiple=True, metavar="PATTERN", help="Also quantize these, such as lm_head; repeatable."
