@@ -9,6 +9,7 @@ No torch here: `quantkit estimate` must answer at once.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
 }
 
+MOST_LAYERS = 10_000  # so that a broken file is refused before its tensors are listed
 ROLES = ("embedding", "attention", "ffn", "norm", "head")
 
 
@@ -100,6 +102,10 @@ class ModelConfig:
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 raise ConfigError(f"{self.name}: {field} is {value!r}; it must be a whole number above 0")
+        if self.n_layers > MOST_LAYERS:
+            raise ConfigError(
+                f"{self.name}: n_layers is {self.n_layers:,}; more than {MOST_LAYERS:,} are no model"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
                 f"{self.name}: {self.n_heads} attention heads cannot share {self.n_kv_heads} key/value heads evenly"
@@ -178,6 +184,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def json_object(raw: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    """Return the object under `key`, empty where it is absent or null.
+
+    Raises:
+        ConfigError: something else stands there.
+    """
+    value = raw.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{where}: {key!r} is {value!r}, not an object")
+    return value or {}
+
+
 def config_from_json(path: Path) -> ModelConfig:
     """Return the model that the Hugging Face `config.json` at `path` describes."""
     return config_from_dict(read_json(path), name=path.parent.resolve().name, where=str(path))
@@ -211,7 +229,6 @@ def config_from_dict(raw: Mapping[str, Any], name: str, where: str) -> ModelConf
     if activation not in ("silu", "swish"):
         raise ConfigError(f"{where}: hidden_act {activation!r} is not supported; the decoder computes silu")
     attention_bias = bool(raw.get("attention_bias", False))
-    eos = raw.get("eos_token_id")
     return ModelConfig(
         name=name,
         architecture=architecture,
@@ -234,8 +251,8 @@ def config_from_dict(raw: Mapping[str, Any], name: str, where: str) -> ModelConf
         qkv_bias=architecture == "qwen2" or attention_bias,
         o_bias=architecture != "qwen2" and attention_bias,
         mlp_bias=bool(raw.get("mlp_bias", False)),
-        bos_token_id=raw.get("bos_token_id"),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        bos_token_id=next(iter(_token_ids(raw, "bos_token_id", where)), None),
+        eos_token_ids=_token_ids(raw, "eos_token_id", where),
     )
 
 
@@ -251,7 +268,7 @@ class _Needed:
             raise ConfigError(
                 f"{self.where}: the key {key!r} is missing; the model cannot be built without it"
             )
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ConfigError(f"{self.where}: {key!r} is {value!r}, not a number")
         return float(value)
 
@@ -262,9 +279,20 @@ class _Needed:
         return int(value)
 
 
+def _token_ids(raw: Mapping[str, Any], key: str, where: str) -> tuple[int, ...]:
+    """Return the ids under `key`: one, a list of them, or none."""
+    value = raw.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token, int) for token in ids):
+        raise ConfigError(f"{where}: {key!r} is {value!r}, not a token id or a list of them")
+    return tuple(ids)
+
+
 def _architecture(raw: Mapping[str, Any], where: str) -> str:
     known = ", ".join(ARCHITECTURES)
     names = raw.get("architectures") or []
+    if not isinstance(names, list):
+        raise ConfigError(f"{where}: 'architectures' is {names!r}, not a list of names")
     for name in names:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
@@ -286,15 +314,15 @@ def _dtype(raw: Mapping[str, Any], where: str) -> str:
 
 def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """Return theta and scaling from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = scaling.get("rope_theta", raw.get("rope_theta", 10000.0))
+    scaling = json_object(raw, "rope_parameters", where) or json_object(raw, "rope_scaling", where)
+    theta = _Needed({"rope_theta": 10000.0, **raw, **scaling}, where).number("rope_theta")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
-        return float(theta), None
+        return theta, None
     if kind != "llama3":
         raise ConfigError(f"{where}: RoPE scaling {kind!r} is not supported; known are default and llama3")
     need = _Needed(scaling, f"{where} (rope scaling)")
-    return float(theta), RopeScaling(
+    return theta, RopeScaling(
         factor=need.number("factor"),
         low_freq_factor=need.number("low_freq_factor"),
         high_freq_factor=need.number("high_freq_factor"),

@@ -154,3 +154,24 @@ def test_a_file_that_is_no_json_object_is_named(content: str, tmp_path: Path) ->
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"config\.json"):
         config_from_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_parameters", "x"),
+        ("rope_theta", "big"),
+        ("vocab_size", float("inf")),
+        ("architectures", "LlamaForCausalLM"),
+        ("eos_token_id", "</s>"),
+        ("num_hidden_layers", 10**9),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_in_one_line(key: str, value: object) -> None:
+    raw = {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 8, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        config_from_dict({**raw, key: value}, "model", "config.json")
+    assert "\n" not in str(error.value)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.config import ModelConfig, TensorSpec, config_from_dict, read_json
+from quantkit.config import ModelConfig, TensorSpec, config_from_dict, json_object, read_json
 from quantkit.errors import CheckpointError
 from quantkit.formats import bitsandbytes, compressed_tensors
 from quantkit.formats.checkpoint import Checkpoint
@@ -164,7 +164,7 @@ def _open_shard(path: Path, index_path: Path) -> SafetensorsFile:
 
 def _quantization(raw_config: Mapping[str, Any], where: str) -> compressed_tensors.Groups | None:
     """Return the config groups of compressed-tensors, None otherwise; refuse other methods by name."""
-    config = raw_config.get("quantization_config")
+    config = json_object(raw_config, "quantization_config", where)
     if not config:
         return None
     method = config.get("quant_method")
