@@ -1,322 +1,429 @@
-"""Peak workspace of quantkit's own runtime beside weights and KV cache: prefill in chunks, and decode.
+"""What the forward pass asks of the device's memory, request by request, beside weights and KV cache.
 
-One forward pass is a handful of phases; each lists the tensors that are alive at its widest moment,
-in the order and dtypes of `quantkit/models/decoder.py` and `quantkit/kernels/reference.py`. The peak is
-the largest phase. Attention is taken to be fused: no (T, S) scores are held. Chunk and context count
-at their largest together, so that a short last chunk is bounded by a whole one. Decode is prefill with
-T = 1: no term of it is larger.
+This is `quantkit/models/decoder.py` on a GPU with sizes in place of tensors: each function mirrors the
+one of its name there, in `models/attention.py`, `models/kv_cache.py`, `kernels/reference.py` or
+`quantize/vectors.py`, and takes and drops the same tensors in the same order. Played on an allocator it
+gives peaks; `quantkit measure --trace` holds it to the real decoder.
 
-B batch, T tokens of a chunk, S keys attended to, e bytes of an element of the compute dtype.
+Shapes are written in the letters of `calculators/tape.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from itertools import groupby
 
+from calculators.allocator import Block
+from calculators.tape import Layer, Matrix, Tape
 from calculators.units import ceil_div
+from calculators.weights import Packing, groups_per_row
 
 FP32 = 4  # bytes
-INT64 = 8  # bytes, of token ids and positions
-BOOL = 1  # byte
+INT32 = 4
+INT64 = 8  # of token ids and positions
+BOOL = 1
+HALF = 2
+
+PIECE_ELEMENTS = 1 << 22  # a matrix, or a layer's cache, is dequantized so many elements at a time
+KV_SCALES_TRIED = 8  # scales that are tried for each group of a quantized key or value
+_ZEROS_PER_WORD = 8
+_NF4_TABLE_BYTES = 256 * 2 * FP32  # both values of each byte
+_NESTED_TABLE_BYTES = 256 * FP32
 
 
-@dataclass(frozen=True)
-class Dimensions:
-    """Widths of one decoder, in elements.
+def piece_rows(cols: int) -> int:
+    """Return the rows of a matrix that are dequantized at once."""
+    return max(1, PIECE_ELEMENTS // cols)
 
-    Attributes:
-        hidden: of the residual.
-        ffn: of gate and up.
-        q_width: query heads times head_dim.
-        kv_width: key/value heads times head_dim.
-        head_dim: of a head.
-        vocab: of the logits.
-        element_bytes: of the compute dtype, 2 or 4.
-        window: tokens of a sliding window; None attends to the whole context.
+
+def piece_tokens(elements: int) -> int:
+    """Return the cached tokens that are dequantized at once, each of `elements` in one layer."""
+    return max(1, PIECE_ELEMENTS // elements)
+
+
+def flash_runs(element_bytes: int, head_dim: int) -> bool:
+    """Tell whether FlashAttention-2 takes this dtype and head."""
+    return element_bytes == HALF and head_dim % 8 == 0 and head_dim <= 256
+
+
+def fixtures(tape: Tape, cache_parts: Sequence[int]) -> None:
+    """Play what is made before the first token and stays: rotations, the cache, its scratch, token ids."""
+    letters = tape.letters
+    tape.take("rope frequencies", letters["D"] // 2, FP32)
+    for nbytes in cache_parts:
+        tape.take("KV cache", nbytes)
+    if tape.converts:
+        vectors = 2, letters["B"], letters["N"], tape.slots
+        tape.take("one layer's keys and values", *vectors, letters["D"], tape.element_bytes)
+    tape.take("token ids", letters["B"], tape.cache.max_tokens, INT64)
+
+
+def prefill(tape: Tape, calls: Sequence[tuple[int, int]]) -> None:
+    """Play a prompt in chunks of (tokens, tokens before), and its last token's logits.
+
+    Where a chunk leaves the allocator as an earlier one of its sizes did, what lies between comes again and
+    again until the sizes change: as many whole rounds as there are left are passed over.
     """
-
-    hidden: int
-    ffn: int
-    q_width: int
-    kv_width: int
-    head_dim: int
-    vocab: int
-    element_bytes: int
-    window: int | None = None
-
-
-@dataclass(frozen=True)
-class Dequantized:
-    """Matrices that are dequantized before the multiply: elements of the largest of each place, or 0.
-
-    Attributes:
-        attention: of Q, K, V and output.
-        ffn: of gate, up and down.
-        head: of the output head.
-        group: elements that share a scale, the fewest of any matrix; 0 where scales are negligible.
-        zero_points: whether a group has one, fp32 like its scale while it lasts.
-        code_bytes: bytes an element that unpacked codes take while they last: 1 for integers below
-            8 bits; 0 for int8, which need no unpacking, and NF4, whose bytes are looked up in pairs.
-    """
-
-    attention: int = 0
-    ffn: int = 0
-    head: int = 0
-    group: int = 0
-    zero_points: bool = False
-    code_bytes: int = 0
+    states = None
+    for _, alike in groupby(calls, key=lambda call: _sizes(tape, *call)):
+        left = list(alike)
+        seen: dict[object, int] = {}
+        while left:
+            following = forward(tape, *left[0])
+            tape.drop(states)
+            states, left = following, left[1:]
+            state = tape.allocator.state()
+            if state in seen:
+                left = left[: len(left) % (seen[state] - len(left))]
+                seen.clear()
+            seen[state] = len(left)
+    scores = logits(tape)
+    tape.drop(states)
+    tape.drop(scores)
 
 
-@dataclass(frozen=True)
-class Load:
-    """What runs at once.
-
-    Attributes:
-        batch: sequences.
-        tokens: of a chunk; 1 in decode.
-        context: tokens of a sequence when it ends.
-        kv_bits: bits of a cached element.
-    """
-
-    batch: int
-    tokens: int
-    context: int
-    kv_bits: int
+def decode(tape: Tape, length: int) -> None:
+    """Play one token after `length` others, and its logits."""
+    states = forward(tape, 1, length)
+    scores = logits(tape)
+    tape.drop(states, scores)
 
 
-class Term(NamedTuple):
-    """One tensor, or several of a kind, and its bytes."""
-
-    name: str
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A moment of the forward pass and what is alive in it."""
-
-    name: str
-    terms: tuple[Term, ...]
-
-    @property
-    def total(self) -> int:
-        return sum(term.nbytes for term in self.terms)
+def _sizes(tape: Tape, tokens: int, length: int) -> tuple[int, ...]:
+    """Return all that the sizes of a chunk's requests hang on."""
+    keys = _keys(tape, tokens, length)
+    if tape.model.attention == "math" or tape.rolls:
+        return (tokens, keys, min(length, 1))
+    if tape.cache.bits >= 16:
+        return (tokens,)
+    step = piece_tokens(_token_elements(tape))
+    return tokens, min(keys, step), keys % step
 
 
-def workspace_bytes(
-    dims: Dimensions, matrices: Dequantized, batch: int, context: int, chunk: int, kv_bits: int
-) -> int:
-    """Return the peak over prefill in chunks of at most `chunk` tokens, and decode."""
-    return peak(dims, matrices, Load(batch, min(chunk, context), context, kv_bits)).total
+def forward(tape: Tape, tokens: int, length: int) -> Block | None:
+    """Play one call of the decoder's `forward` after `length` cached tokens; return its final states."""
+    model, e = tape.model, tape.element_bytes
+    tape.size(tokens, _keys(tape, tokens, length))
+    batch = tape.letters["B"]
+    ids = tape.new("chunk's token ids", "B T", INT64) if batch > 1 and tape.cache.max_tokens > 1 else None
+    x = tape.new("residual", "B T H", e)
+    tape.drop(ids)
+    rope = _rope(tape)
+    hidden = _hidden(tape, length) if model.attention == "math" and tokens > 1 else None
+    settled: Layer | None = None
+    for layer in model.layers:
+        if layer is not settled:
+            before = tape.allocator.reserved
+            tape.drop(_attention(tape, layer, length))
+            tape.drop(_ffn(tape, layer))
+            # a layer that found all it needs in what is reserved leaves all as it was: so would its like
+            settled = layer if tape.allocator.reserved == before else None
+    states = _rms_norm(tape, "final states")
+    tape.drop(x, *rope, hidden)
+    return states
 
 
-def peak(dims: Dimensions, matrices: Dequantized, load: Load) -> Phase:
-    """Return the largest phase of one forward pass."""
-    return max(phases(dims, matrices, load), key=lambda phase: phase.total)
+def logits(tape: Tape) -> Block | None:
+    """Play the output head on each sequence's last position; return float32 logits."""
+    narrow = _linear(tape, tape.model.head, "logits", "B V")
+    if tape.element_bytes == FP32:
+        return narrow
+    wide = tape.new("float32 logits", "B V", FP32)
+    tape.drop(narrow)
+    return wide
 
 
-def phases(dims: Dimensions, matrices: Dequantized, load: Load) -> tuple[Phase, ...]:
-    """Return every phase of one forward pass, each with what lives through the whole pass."""
-    resident = _resident(dims, load)
-    made = (
-        _mask(dims, load),
-        _norm(dims, load),
-        _rotation(dims, load),
-        _attention(dims, load),
-        _attention_output(dims, matrices, load),
-        _up(dims, matrices, load),
-        _gated(dims, load),
-        _down(dims, matrices, load),
-        _logits(dims, matrices, load),
+def _rope(tape: Tape) -> tuple[Block | None, ...]:
+    """Cosines and sines, made in float32."""
+    e, new, drop = tape.element_bytes, tape.new, tape.drop
+    positions = new("positions", "T", FP32)
+    half = tape.take("angles", tape.letters["T"], tape.letters["D"] // 2, FP32)
+    angles = new("angles", "T D", FP32)
+    drop(half)
+    tables = []
+    for name in ("cosines", "sines"):
+        table = new(name, "T D", FP32)
+        if e < FP32:
+            wide, table = table, new(name, "T D", e)
+            drop(wide)
+        tables.append(table)
+    drop(positions, angles)
+    return tuple(tables)
+
+
+def _hidden(tape: Tape, length: int) -> Block | None:
+    """The mask of plain attention, and what it is made from."""
+    new, drop = tape.new, tape.drop
+    columns, rows = new("key positions", "S", INT64), new("query positions", "T", INT64)
+    mask = new("mask", "T S", BOOL)
+    if tape.rolls:
+        first = new("first visible keys", "T", INT64)
+        outside = new("keys outside the window", "T S", BOOL)
+        drop(first, outside)
+    drop(columns, rows)
+    return mask
+
+
+def _rms_norm(tape: Tape, name: str = "normed states") -> Block | None:
+    e, new, drop = tape.element_bytes, tape.new, tape.drop
+    wide = new("states in float32", "B T H", FP32) if e < FP32 else None
+    squares = new("squares", "B T H", FP32)
+    scale = new("norms", "B T", FP32)
+    drop(squares)
+    normed = new(name, "B T H", FP32)
+    if e < FP32:
+        product, normed = normed, new(name, "B T H", e)
+        drop(product)
+    drop(wide, scale)
+    return normed
+
+
+def _attention(tape: Tape, layer: Layer, length: int) -> Block | None:
+    h = _rms_norm(tape)
+    q = _rotate(tape, _linear(tape, layer.q, "queries", "B T A D"), "A")
+    k = _rotate(tape, _linear(tape, layer.k, "keys", "B T N D"), "N")
+    v = _linear(tape, layer.v, "values", "B T N D")
+    tape.drop(h)
+    joined = _extend(tape, length)
+    viewed = tape.rolls and length == 0 and tape.letters["T"] > 1  # these keys are attended to as they are
+    if not viewed:
+        tape.drop(k, v)
+    out = _flash(tape) if tape.model.attention == "flash" else _math(tape, viewed)
+    tape.drop(q, *joined)
+    if viewed:
+        tape.drop(k, v)
+    projected = _linear(tape, layer.o, "attention's projection", "B T H")
+    tape.drop(out)
+    return projected
+
+
+def _rotate(tape: Tape, x: Block | None, heads: str) -> Block | None:
+    """In place, beside the swapped halves."""
+    letters = tape.letters
+    vectors = letters["B"], letters["T"], letters[heads]
+    negated = tape.take("negated half", *vectors, letters["D"] // 2, tape.element_bytes)
+    swapped = tape.take("swapped halves", *vectors, letters["D"], tape.element_bytes)
+    tape.drop(negated)
+    tape.drop(swapped)
+    return x
+
+
+def _flash(tape: Tape) -> Block | None:
+    """The output, float32 log-sum-exp, and the state of a random generator that is not used."""
+    out = tape.new("attention", "B T A D", tape.element_bytes)
+    beside = tape.new("log-sum-exp", "B A T", FP32), tape.take("seed", 16), tape.take("offset", 8)
+    tape.drop(*beside)
+    return out
+
+
+def _math(tape: Tape, strided: bool) -> Block | None:
+    """Scores in full, in the compute dtype, then float32; `strided` keys and values are copied first."""
+    e, new, drop, letters = tape.element_bytes, tape.new, tape.drop, tape.letters
+    many, batched = letters["T"] > 1, letters["B"] > 1
+    copied = strided and batched and letters["N"] > 1
+    grouped = None
+    if many and (letters["A"] > letters["N"] or (batched and letters["N"] > 1)):
+        grouped = new("queries by group", "B T A D", e)
+    keys = new("keys by head", "B S N D", e) if copied else None
+    scores = new("scores", "B A T S", e)
+    tape.workspace()
+    drop(keys)
+    if e < FP32:
+        narrow, scores = scores, new("float32 scores", "B A T S", FP32)
+        drop(narrow)
+    drop(grouped)
+    wide, probabilities = scores, new("softmax", "B A T S", FP32)
+    if e < FP32:
+        exact, probabilities = probabilities, new("probabilities", "B A T S", e)
+        drop(exact)
+    drop(wide)
+    values = new("values by head", "B S N D", e) if copied else None
+    out = new("attention by head", "B T A D", e)
+    drop(values)
+    drop(probabilities)
+    if many and letters["A"] > 1:
+        by_head, out = out, new("attention", "B T A D", e)
+        drop(by_head)
+    return out
+
+
+def _ffn(tape: Tape, layer: Layer) -> Block | None:
+    h = _rms_norm(tape)
+    gate = _linear(tape, layer.gate, "gate", "B T F")
+    up = _linear(tape, layer.up, "up", "B T F")
+    tape.drop(h)
+    tape.drop(up)
+    down = _linear(tape, layer.down, "FFN's projection", "B T H")
+    tape.drop(gate)
+    return down
+
+
+def _linear(tape: Tape, matrix: Matrix, name: str, shape: str) -> Block | None:
+    dequantized = _dequantize(tape, matrix) if matrix.quantized else None
+    out = tape.new(name, shape, tape.element_bytes)
+    tape.workspace()
+    tape.drop(dequantized)
+    return out
+
+
+def _dequantize(tape: Tape, matrix: Matrix) -> Block | None:
+    """A matrix in the compute dtype, filled piece by piece."""
+    packing = matrix.packing
+    out = tape.take("dequantized matrix", matrix.rows, matrix.cols, tape.element_bytes)
+    if packing.flat:
+        elements = matrix.rows * matrix.cols
+        _in_pieces(tape, elements, PIECE_ELEMENTS, lambda count: _nf4_piece(tape, packing, count))
+        return out
+    groups = groups_per_row(matrix.cols, packing)
+    scales = None
+    if packing.scale_bits < 32:
+        scales = tape.take("scales in float32", matrix.rows, groups, FP32)
+    zeros = _zeros(tape, matrix.rows, groups) if packing.zero_bits else None
+    _in_pieces(tape, matrix.rows, piece_rows(matrix.cols), lambda rows: _integer_rows(tape, matrix, rows))
+    tape.drop(scales, zeros)
+    return out
+
+
+def _integer_rows(tape: Tape, matrix: Matrix, rows: int) -> None:
+    values = tape.take("codes in float32", rows, matrix.cols, FP32)
+    if matrix.packing.code_bits < 8:
+        tape.drop(tape.take("low nibbles", rows, ceil_div(matrix.cols, 2)))
+        tape.drop(tape.take("high nibbles", rows, matrix.cols // 2))
+    tape.drop(values)
+
+
+def _zeros(tape: Tape, rows: int, groups: int) -> Block | None:
+    """The zero points of a matrix, unpacked and in float32."""
+    take, drop = tape.take, tape.drop
+    words = ceil_div(rows, _ZEROS_PER_WORD)
+    packed = words, groups, INT32
+    columns = take("zero points by column", *packed) if groups > 1 and words > 1 else None
+    low, high = take("low zero points", *packed), take("high zero points", *packed)
+    unpacked = take("zero points", 2, *packed)
+    drop(low, high)
+    turned = unpacked
+    if groups > 1:
+        turned = take("zero points by row", rows, groups)
+        drop(columns, unpacked)
+    zeros = take("zero points in float32", rows, groups, FP32)
+    drop(turned)
+    return zeros
+
+
+def _nf4_piece(tape: Tape, packing: Packing, count: int) -> None:
+    take, drop = tape.take, tape.drop
+    blocks, pairs = ceil_div(count, packing.group), ceil_div(count, 2)
+    absmax = None
+    if packing.nested_group:
+        codes = take("codes of scales", blocks, INT32)
+        tape.keep("table of nested scales", _NESTED_TABLE_BYTES)
+        absmax = take("scales in float32", blocks, FP32)
+        drop(codes)
+    indices = take("bytes as indices", pairs, INT32)
+    tape.keep("table of NF4 pairs", _NF4_TABLE_BYTES)
+    values = take("values in float32", pairs, 2, FP32)
+    drop(indices)
+    drop(absmax, values)
+
+
+def _extend(tape: Tape, length: int) -> tuple[Block | None, ...]:
+    """Store this chunk's keys and values; return what was joined to attend to."""
+    tokens, rolls = tape.letters["T"], tape.rolls
+    joined: tuple[Block | None, ...] = ()
+    if rolls and tokens > 1 and length:
+        _load(tape, min(length, tape.slots))
+        joined = (
+            tape.new("joined keys", "B S N D", tape.element_bytes),
+            tape.new("joined values", "B S N D", tape.element_bytes),
+        )
+    _store(tape)
+    if not (rolls and tokens > 1):
+        _load(tape, tape.letters["S"])
+    return joined
+
+
+def _store(tape: Tape) -> None:
+    """Quantize this chunk's keys, then its values; plain ones are copied into the slab."""
+    if tape.cache.bits < 16:
+        for _ in range(2):
+            _quantize_vectors(tape, min(tape.letters["T"], tape.slots))
+
+
+def _quantize_vectors(tape: Tape, tokens: int) -> None:
+    """Codes and scales of some tokens' vectors, found piece by piece."""
+    cache, letters = tape.cache, tape.letters
+    heads, head_dim = letters["B"] * letters["N"], letters["D"]
+    groups = head_dim // (cache.group or head_dim)
+    codes = tape.take("new codes", heads, tokens, head_dim * cache.bits // 8)
+    scales = tape.take("new scales", heads, tokens, groups, HALF)
+    step = piece_tokens(2 * KV_SCALES_TRIED * heads * head_dim)
+    _in_pieces(
+        tape,
+        tokens,
+        step,
+        lambda piece: _quantize_piece(tape, heads * piece * groups, heads * piece * head_dim),
     )
-    return tuple(Phase(phase.name, (*resident, *phase.terms)) for phase in made)
+    tape.drop(codes, scales)
 
 
-def dequantize_bytes(elements: int, matrices: Dequantized) -> int:
-    """Return the bytes alive while a matrix of `elements` is dequantized.
-
-    Unpacked codes, the fp32 values, scales and zero points, and two bytes an element more: first an
-    index or padded codes, then the copy rounded to the compute dtype.
-    """
-    groups = ceil_div(elements, matrices.group) if matrices.group else 0
-    scales = FP32 * groups * (2 if matrices.zero_points else 1)
-    return elements * (matrices.code_bytes + FP32 + 2) + scales
-
-
-def _resident(dims: Dimensions, load: Load) -> tuple[Term, ...]:
-    """Token ids; the residual; the last chunk's final states, held until this one's replace them;
-    cosines and sines, fp32 while they are made; the mask."""
-    states = _states(dims, load)
-    chunked = load.context > load.tokens > 1
-    return (
-        Term("token ids", INT64 * load.batch * load.context),
-        Term("residual", states),
-        Term("last chunk's states", states if chunked else 0),
-        Term("rope tables", 2 * FP32 * load.tokens * dims.head_dim),
-        Term("mask", BOOL * _mask_elements(dims, load)),
-    )
-
-
-def _mask(dims: Dimensions, load: Load) -> Phase:
-    """A rolling cache's mask is made from int64 distances and two bool comparisons."""
-    elements = _mask_elements(dims, load) if _rolls(dims, load) else 0
-    return Phase("mask", (Term("distances", INT64 * elements), Term("comparisons", 2 * BOOL * elements)))
+def _quantize_piece(tape: Tape, groups: int, elements: int) -> None:
+    """The scale that loses least of each group, among several; then the codes."""
+    e, take, drop, tried = tape.element_bytes, tape.take, tape.drop, KV_SCALES_TRIED
+    extremes = [take(name, groups, e) for name in ("minima", "maxima", "signs", "peaks")]
+    steps = take("steps", tried, FP32)
+    wide = take("scales in float32", tried, groups, FP32)
+    stored = take("scales as stored", tried, groups, HALF)
+    scales = take("scales in float32", tried, groups, FP32)
+    drop(stored)
+    drop(wide)
+    inverse = take("inverse scales", tried, groups, FP32)
+    exact = take("vectors in steps", tried, elements, FP32)
+    drop(inverse)
+    lost = take("errors of elements", tried, elements, FP32)
+    errors = take("errors of groups", tried, groups, FP32)
+    index = take("best of those tried", groups, INT64)
+    best = take("best scales", groups, FP32)
+    drop(index)
+    drop(*extremes, steps, scales, exact, lost, errors)
+    inverse = take("inverse scales", groups, FP32)
+    codes = take("codes in float32", elements, FP32)
+    drop(inverse)
+    drop(codes, best)
 
 
-def _norm(dims: Dimensions, load: Load) -> Phase:
-    """RMSNorm: x and the normed x in fp32, the latter rounded, the product with the weight; and the
-    normed states of before, held until these replace them. fp32 needs no copies to convert."""
-    e, n = dims.element_bytes, load.batch * load.tokens * dims.hidden
-    wide, rounded = (2 * FP32 * n, e * n) if e < FP32 else (FP32 * n, 0)
-    return Phase(
-        "norm",
-        (
-            Term("normed states of before", e * n),
-            Term("fp32 copies", wide),
-            Term("rounded", rounded),
-            Term("normed states", e * n),
-        ),
-    )
+def _load(tape: Tape, count: int) -> None:
+    """Dequantize a layer's cache into the scratch, piece by piece."""
+    if tape.cache.bits < 16:
+        token = _token_elements(tape)
+        step = piece_tokens(token)
+        _in_pieces(tape, count, step, lambda tokens: _dequantize_vectors(tape, tokens * token))
 
 
-def _rotation(dims: Dimensions, load: Load) -> Phase:
-    """RoPE: the projection, x * cos, the swapped halves and their product with sin; K beside rotated Q."""
-    n = dims.element_bytes * load.batch * load.tokens
-    widest = max(4 * dims.q_width, dims.q_width + 4 * dims.kv_width)
-    return Phase(
-        "rotation", (Term("normed states", _states(dims, load)), Term("projections and products", n * widest))
-    )
+def _token_elements(tape: Tape) -> int:
+    """Return the elements of one token's keys and values in one layer."""
+    letters = tape.letters
+    return 2 * letters["B"] * letters["N"] * letters["D"]
 
 
-def _attention(dims: Dimensions, load: Load) -> Phase:
-    """Fused attention: its output, fp32 log-sum-exp, and the bool mask made additive (and inverted)."""
-    additive = (dims.element_bytes + BOOL) * _mask_elements(dims, load)
-    heads = dims.q_width // dims.head_dim
-    return Phase(
-        "attention",
-        (
-            *_queries_and_keys(dims, load),
-            Term("unpacked KV codes", _cached_elements(dims, load) if load.kv_bits < 8 else 0),
-            Term("additive mask", additive),
-            Term("attention output", _queries(dims, load)),
-            Term("log-sum-exp", FP32 * load.batch * load.tokens * heads),
-        ),
-    )
+def _dequantize_vectors(tape: Tape, elements: int) -> None:
+    """Nibbles are taken out of their bytes, the low ones first; whole bytes are converted in place."""
+    if tape.cache.bits < 8:
+        tape.drop(tape.take("low nibbles", elements // 2))
+        tape.drop(tape.take("high nibbles", elements // 2))
 
 
-def _attention_output(dims: Dimensions, matrices: Dequantized, load: Load) -> Phase:
-    """The output projection, with Q, K and V still alive and the heads laid side by side in a copy."""
-    return Phase(
-        "attention output",
-        (
-            *_queries_and_keys(dims, load),
-            Term("attention output, twice", 2 * _queries(dims, load)),
-            Term("linear", _linear(matrices.attention, matrices, _states(dims, load), dims)),
-        ),
-    )
+def _keys(tape: Tape, tokens: int, length: int) -> int:
+    if tape.rolls and tokens == 1:
+        return min(length + 1, tape.slots)
+    return min(length, tape.slots) + tokens
 
 
-def _up(dims: Dimensions, matrices: Dequantized, load: Load) -> Phase:
-    """The up projection beside silu(gate)."""
-    wide = _wide(dims, load)
-    return Phase(
-        "up",
-        (
-            Term("normed states", _states(dims, load)),
-            Term("silu(gate)", wide),
-            Term("linear", _linear(matrices.ffn, matrices, wide, dims)),
-        ),
-    )
-
-
-def _gated(dims: Dimensions, load: Load) -> Phase:
-    """silu(gate), up and their product."""
-    wide = _wide(dims, load)
-    return Phase("gated", (Term("normed states", _states(dims, load)), Term("gate, up, product", 3 * wide)))
-
-
-def _down(dims: Dimensions, matrices: Dequantized, load: Load) -> Phase:
-    """The down projection beside its input."""
-    states = _states(dims, load)
-    return Phase(
-        "down",
-        (
-            Term("normed states", states),
-            Term("product", _wide(dims, load)),
-            Term("linear", _linear(matrices.ffn, matrices, states, dims)),
-        ),
-    )
-
-
-def _logits(dims: Dimensions, matrices: Dequantized, load: Load) -> Phase:
-    """The head on the last position alone, in the compute dtype and again in fp32."""
-    e, elements = dims.element_bytes, load.batch * dims.vocab
-    return Phase(
-        "logits",
-        (
-            Term("final states", _states(dims, load)),
-            Term("logits", _linear(matrices.head, matrices, e * elements, dims)),
-            Term("fp32 logits", FP32 * elements if e < FP32 else 0),
-        ),
-    )
-
-
-def _linear(elements: int, matrices: Dequantized, output: int, dims: Dimensions) -> int:
-    """Return what a linear adds to its input: dequantizing its matrix, or multiplying with it."""
-    dequantizing = dequantize_bytes(elements, matrices)
-    return max(dequantizing, dims.element_bytes * elements + output)
-
-
-def _queries_and_keys(dims: Dimensions, load: Load) -> tuple[Term, ...]:
-    """What attention holds: Q, K and V of this chunk, and the cached K and V where these are no views.
-
-    A cache in another dtype than the compute dtype is converted, one layer at a time. A rolling one is
-    joined with the chunk's K and V into a copy.
-    """
-    e = dims.element_bytes
-    converted = e * _cached_elements(dims, load) if load.kv_bits != 8 * e else 0
-    joined = 0
-    if _rolls(dims, load) and load.tokens > 1:
-        joined = 2 * e * load.batch * _keys(dims, load) * dims.kv_width
-    return (
-        Term("normed states", _states(dims, load)),
-        Term("q, k, v", e * load.batch * load.tokens * (dims.q_width + 2 * dims.kv_width)),
-        Term("converted KV", converted),
-        Term("joined KV", joined),
-    )
-
-
-def _states(dims: Dimensions, load: Load) -> int:
-    return dims.element_bytes * load.batch * load.tokens * dims.hidden
-
-
-def _queries(dims: Dimensions, load: Load) -> int:
-    return dims.element_bytes * load.batch * load.tokens * dims.q_width
-
-
-def _wide(dims: Dimensions, load: Load) -> int:
-    return dims.element_bytes * load.batch * load.tokens * dims.ffn
-
-
-def _rolls(dims: Dimensions, load: Load) -> bool:
-    return dims.window is not None and dims.window < load.context
-
-
-def _cached_elements(dims: Dimensions, load: Load) -> int:
-    """Return the elements of one layer's cached K and V."""
-    slots = load.context if dims.window is None else min(dims.window, load.context)
-    return 2 * load.batch * slots * dims.kv_width
-
-
-def _keys(dims: Dimensions, load: Load) -> int:
-    """Return S: the whole context, or a window's tokens before the chunk and the chunk."""
-    if dims.window is None or not _rolls(dims, load):
-        return load.context
-    return min(dims.window, load.context - load.tokens) + load.tokens
-
-
-def _mask_elements(dims: Dimensions, load: Load) -> int:
-    """Return T times S where a mask is made: for chunks after the first, and for rolling caches."""
-    needed = load.tokens > 1 and (load.context > load.tokens or _rolls(dims, load))
-    return load.tokens * _keys(dims, load) if needed else 0
+def _in_pieces(tape: Tape, total: int, step: int, play: Callable[[int], None]) -> None:
+    """Play `total` in steps, with a shorter last one; whole steps only until one needs nothing new."""
+    for _ in range(total // step):
+        before = tape.allocator.reserved
+        play(step)
+        if tape.allocator.reserved == before:
+            break
+    if total % step:
+        play(total % step)

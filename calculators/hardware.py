@@ -80,3 +80,23 @@ ASSUMED_OVERHEAD = Overhead(
     "assumed",
     f"{CUDA_CONTEXT.source} + {CUBLAS_WORKSPACE.source}",
 )
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What a device and its libraries take, and how the runtime is set.
+
+    Attributes:
+        context: the CUDA context, outside the allocator.
+        workspace: cuBLAS's workspace, a request to the allocator.
+        attention: `flash` or `math`.
+        expandable_segments: the allocator's setting.
+    """
+
+    context: Overhead
+    workspace: Overhead
+    attention: str = "flash"
+    expandable_segments: bool = False
+
+
+ASSUMED_PLATFORM = Platform(CUDA_CONTEXT, CUBLAS_WORKSPACE)

@@ -44,10 +44,17 @@ class MatrixBytes:
     scales: int = 0
     zeros: int = 0
     nested: int = 0
+    nested_offset: int = 0
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Bytes of each tensor there is, in the order of `QuantizedTensor`'s fields."""
+        all_parts = (self.codes, self.scales, self.zeros, self.nested, self.nested_offset)
+        return tuple(part for part in all_parts if part)
 
     @property
     def total(self) -> int:
-        return self.codes + self.scales + self.zeros + self.nested
+        return sum(self.parts)
 
 
 def plain_bytes(elements: int, bits: int) -> int:
@@ -68,16 +75,33 @@ def matrix_bytes(rows: int, cols: int, packing: Packing) -> MatrixBytes:
     else:
         codes = rows * bits_to_bytes(cols * packing.code_bits)
         n_scales = rows * groups_per_row(cols, packing)
-    nested = 0
+    nested = nested_offset = 0
     if packing.nested_group:
-        n_nested = ceil_div(n_scales, packing.nested_group)
-        nested = bits_to_bytes((n_nested + 1) * packing.nested_bits)  # + 1: the offset
+        nested = bits_to_bytes(ceil_div(n_scales, packing.nested_group) * packing.nested_bits)
+        nested_offset = bits_to_bytes(packing.nested_bits)
     return MatrixBytes(
         codes=codes,
         scales=bits_to_bytes(n_scales * packing.scale_bits),
         zeros=_zero_point_bytes(rows, cols, packing),
         nested=nested,
+        nested_offset=nested_offset,
     )
+
+
+def packing_formula(rows: int, cols: int, packing: Packing) -> str:
+    """Return in words how the bytes of a (rows, cols) matrix come about."""
+    parts = [f"{rows:,} x {cols:,} x {packing.code_bits} bits"]
+    if packing.scale_bits:
+        scales = (
+            ceil_div(rows * cols, packing.group) if packing.flat else rows * groups_per_row(cols, packing)
+        )
+        parts.append(f"{scales:,} scales x {packing.scale_bits} bits")
+        if packing.zero_bits:
+            parts.append(f"{scales:,} zero points x {packing.zero_bits} bits")
+        if packing.nested_group:
+            nested = ceil_div(scales, packing.nested_group)
+            parts.append(f"{nested:,} nested scales x {packing.nested_bits} bits + an offset")
+    return " + ".join(parts)
 
 
 def groups_per_row(cols: int, packing: Packing) -> int:

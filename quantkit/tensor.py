@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from quantkit.schemes import QuantScheme
+from calculators.units import ceil_div
+from quantkit.schemes import NESTED_GROUP, QuantScheme
 
 
 @dataclass(frozen=True)
@@ -51,3 +52,39 @@ class QuantizedTensor:
         """Return this matrix with every part on `device`."""
         moved = {name: part.to(device) for name, part in self.parts().items()}
         return QuantizedTensor(self.scheme, self.shape, **moved)
+
+
+def empty_quantized(
+    shape: tuple[int, ...], scheme: QuantScheme, scale_dtype: torch.dtype, device: torch.device | str
+) -> QuantizedTensor:
+    """Return a quantized (N, K) matrix whose parts have their shapes and no values yet.
+
+    Args:
+        shape: (N, K).
+        scheme: the precision.
+        scale_dtype: dtype of integer scales; NF4 has its own.
+        device: where it lies, `meta` included.
+    """
+
+    def empty(part: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(part, dtype=dtype, device=device)
+
+    rows, cols = shape
+    if scheme.method == "nf4":
+        blocks = ceil_div(rows * cols, scheme.group)
+        return QuantizedTensor(
+            scheme,
+            (rows, cols),
+            codes=empty((ceil_div(rows * cols, 2),), torch.uint8),
+            scales=empty((blocks,), torch.uint8 if scheme.nested else torch.float32),
+            nested_scales=empty((ceil_div(blocks, NESTED_GROUP),), torch.float32) if scheme.nested else None,
+            nested_offset=empty((), torch.float32) if scheme.nested else None,
+        )
+    groups = ceil_div(cols, scheme.group or cols)
+    return QuantizedTensor(
+        scheme,
+        (rows, cols),
+        codes=empty((rows, ceil_div(cols * scheme.bits, 8)), torch.uint8),
+        scales=empty((rows, groups), scale_dtype),
+        zeros=None if scheme.symmetric else empty((ceil_div(rows * scheme.bits, 32), groups), torch.int32),
+    )

@@ -7,11 +7,20 @@ from dataclasses import replace
 
 import pytest
 
-from calculators.hardware import ASSUMED_OVERHEAD
+from calculators.allocator import LARGE_SEGMENT
+from calculators.hardware import ASSUMED_PLATFORM
 from calculators.weights import matrix_bytes
 from quantkit.config import ModelConfig
 from quantkit.errors import ConfigError
-from quantkit.estimate import MemoryEstimate, Workload, estimate, kv_layout, weight_bytes
+from quantkit.estimate import (
+    Estimator,
+    MemoryEstimate,
+    Workload,
+    estimate,
+    explain,
+    kv_layout,
+    weight_bytes,
+)
 from quantkit.presets import PRESETS
 from quantkit.schemes import SCHEMES, plan_weights
 from tests.checkpoints import tiny_config
@@ -114,12 +123,36 @@ def test_scales_of_an_fp32_checkpoint_are_fp32() -> None:
     assert difference == 2 * (rows + kept)
 
 
-def test_the_total_is_its_parts() -> None:
+def test_the_total_is_its_parts_and_what_the_device_gives() -> None:
     entry = estimated(MISTRAL, "int4-g128", 32768)
-    parts = (entry.weights_bytes, entry.kv_cache_bytes, entry.activations_bytes, entry.overhead_bytes)
-    assert entry.total_bytes == sum(parts)
-    assert entry.overhead_bytes == ASSUMED_OVERHEAD.nbytes
-    assert all(isinstance(part, int) and part > 0 for part in parts)
+    requested = entry.weights_bytes + entry.kv_cache_bytes + entry.activations_bytes
+    assert entry.total_bytes == requested + entry.allocator_bytes + entry.overhead_bytes
+    context, workspace = ASSUMED_PLATFORM.context.nbytes, ASSUMED_PLATFORM.workspace.nbytes
+    assert entry.overhead_bytes == context + workspace
+    assert entry.total_bytes == entry.reserved_bytes + context
+    assert requested + workspace <= entry.allocated_bytes <= entry.reserved_bytes
+    assert all(isinstance(part, int) and part > 0 for part in (requested, entry.allocator_bytes))
+
+
+@pytest.mark.parametrize("kv_bits", [16, 8, 4])
+@pytest.mark.parametrize("scheme", ["bf16", "int4-g64-asym", "nf4-dq"])
+def test_an_explanation_adds_up_to_the_estimate(scheme: str, kv_bits: int) -> None:
+    workload = Workload(6000, 2, kv_bits)
+    entry = estimate(MISTRAL, SCHEMES[scheme], workload)
+    terms = explain(MISTRAL, SCHEMES[scheme], workload)
+    assert sum(term.nbytes for term in terms) == entry.total_bytes
+    sizes = {
+        component: sum(term.nbytes for term in terms if term.component == component)
+        for component in dict.fromkeys(term.component for term in terms)
+    }
+    assert sizes == {
+        "weights": entry.weights_bytes,
+        "KV cache": entry.kv_cache_bytes,
+        "activations": entry.activations_bytes,
+        "allocator": entry.allocator_bytes,
+        "overhead": entry.overhead_bytes,
+    }
+    assert all(term.name and term.formula for term in terms)
 
 
 def test_known_weight_bytes_are_taken_as_they_are() -> None:
@@ -127,21 +160,30 @@ def test_known_weight_bytes_are_taken_as_they_are() -> None:
     assert (entry.scheme, entry.weights_bytes) == ("as-stored", 12345)
 
 
+@pytest.mark.parametrize("attention", ["flash", "math"])
 @pytest.mark.parametrize(
     "config", [MISTRAL, PRESETS["mistral-7b-v0.1"], PRESETS["smollm2-135m"]], ids=lambda c: c.name
 )
 @pytest.mark.parametrize("scheme", ["bf16", "int8", "int4-g128", "nf4-dq"])
-def test_more_context_or_batch_never_takes_less(config: ModelConfig, scheme: str) -> None:
-    contexts, batches = (1, 63, 1024, 4095, 4097, 32768), (1, 2, 5)
-    for kv_bits, batch in itertools.product((16, 8, 4), batches):
-        for part in ("kv_cache_bytes", "activations_bytes", "total_bytes"):
-            sizes = [
-                getattr(estimated(config, scheme, c, batch=batch, kv_bits=kv_bits), part) for c in contexts
-            ]
-            assert sizes == sorted(sizes)
-    for context in contexts:
-        totals = [estimated(config, scheme, context, batch=batch).total_bytes for batch in batches]
-        assert totals == sorted(set(totals))
+def test_more_context_or_batch_never_takes_less(config: ModelConfig, scheme: str, attention: str) -> None:
+    platform = replace(ASSUMED_PLATFORM, attention=attention)
+    estimator = Estimator(config, SCHEMES[scheme], platform=platform)
+    contexts, batches = (1, 63, 1024, 4095, 4097, 20000), (1, 2, 5)
+    exact = ("weights_bytes", "kv_cache_bytes", "activations_bytes", "overhead_bytes")
+    for kv_bits in (16, 8, 4):
+        grid = {
+            (context, batch): estimator.estimate(Workload(context, batch, kv_bits, prefill_chunk=1024))
+            for context, batch in itertools.product(contexts, batches)
+        }
+        series = [[grid[context, batch] for context in contexts] for batch in batches]
+        series += [[grid[context, batch] for batch in batches] for context in contexts]
+        for line in series:
+            for part in exact:
+                sizes = [getattr(entry, part) for entry in line]
+                assert sizes == sorted(sizes)
+            # holes in the allocator's segments come and go: PyTorch's rules, held to in test_allocator
+            for less, more in itertools.pairwise(entry.total_bytes for entry in line):
+                assert more >= less - LARGE_SEGMENT
 
 
 @pytest.mark.parametrize("config", PRESETS.values(), ids=lambda c: c.name)
@@ -160,8 +202,14 @@ def test_fewer_bits_take_fewer_bytes(config: ModelConfig) -> None:
         ({"context": 0}, "context is 0"),
         ({"context": 1, "batch": -1}, "batch is -1"),
         ({"context": 1, "kv_bits": 5}, "kv_bits is 5"),
+        ({"context": 1, "kv_group": -8}, "kv_group is -8"),
     ],
 )
 def test_a_workload_without_sense_is_refused(fields: dict[str, int], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Workload(**fields)
+
+
+def test_a_group_that_does_not_divide_the_head_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"KV group of 48 .* head of 128"):
+        estimated(MISTRAL, "bf16", kv_bits=4, kv_group=48)

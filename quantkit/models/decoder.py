@@ -3,6 +3,9 @@
 B batch, T tokens of this call, S keys attended to. Where implementations differ, this one follows
 transformers: RMSNorm casts back before it multiplies by its weight, RoPE is half-split, cosines are
 rounded to the compute dtype, a window of W lets a token see itself and the W - 1 before it.
+
+Tensors are released where they were last used, and overwritten where nobody else reads them: the peak is
+what `calculators/activations.py` lists, in this order. Change them together.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from quantkit.config import ModelConfig
+from quantkit.models.attention import Attention, choose_path
 from quantkit.models.kv_cache import KVCache
 from quantkit.models.linear import Linear
 from quantkit.tensor import QuantizedTensor
@@ -44,16 +48,27 @@ class Decoder:
         config: shapes and constants.
         weights: every tensor of `config.tensors` by name, plain ones in `dtype`.
         dtype: compute dtype.
+        attention: `flash`, `math`, `sdpa`, or `auto` for the best there is on the weights' device.
+
+    Raises:
+        BackendError: that attention cannot run here.
     """
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Weight], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Weight],
+        dtype: torch.dtype,
+        attention: str = "auto",
+    ) -> None:
         self.config, self.dtype = config, dtype
         self.weights = dict(weights)
         self.embedding = self._plain("model.embed_tokens.weight")
         self.blocks = [self._block(f"model.layers.{layer}") for layer in range(config.n_layers)]
         self.norm = self._plain("model.norm.weight")
         self.head = Linear(self.embedding) if config.tie_embeddings else self._linear("lm_head")
-        self._inverse_frequencies = rope_frequencies(config).to(self.embedding.device)
+        self._inverse_frequencies = rope_frequencies(config).to(self.device)
+        self.attention = choose_path(attention, self.device, dtype, config.head_dim)
 
     @property
     def weights_bytes(self) -> int:
@@ -64,9 +79,11 @@ class Decoder:
     def device(self) -> torch.device:
         return self.embedding.device
 
-    def new_cache(self, batch: int, max_tokens: int, kv_bits: int | None = None) -> KVCache:
-        """Return an empty cache for sequences of up to `max_tokens`."""
-        return KVCache(self.config, batch, max_tokens, self.dtype, kv_bits, self.device)
+    def new_cache(
+        self, batch: int, max_tokens: int, kv_bits: int | None = None, kv_group: int = 0
+    ) -> KVCache:
+        """Return an empty cache for sequences of up to `max_tokens`; see KVCache for bits and group."""
+        return KVCache(self.config, batch, max_tokens, self.dtype, kv_bits, self.device, kv_group)
 
     @torch.inference_mode()
     def forward(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
@@ -79,13 +96,11 @@ class Decoder:
         tokens = ids.shape[1]
         cache.check_room(tokens)
         x = F.embedding(ids, self.embedding)  # (B, T, hidden)
-        rope = self._rope(cache.length, tokens)
-        mask = cache.mask(tokens)
+        cos, sin = self._rope(cache.length, tokens)
+        attention = Attention(self.attention, tokens, cache.keys(tokens), cache.window(tokens), self.device)
         for layer, block in enumerate(self.blocks):
-            h = self._rms_norm(x, block.attention_norm)
-            x = x + self._attention(h, layer, block, rope, mask, cache)
-            h = self._rms_norm(x, block.ffn_norm)
-            x = x + block.down(F.silu(block.gate(h)) * block.up(h))
+            x.add_(self._attention(x, layer, block, cos, sin, attention, cache))
+            x.add_(self._ffn(x, block))
         cache.advance(tokens)
         return self._rms_norm(x, self.norm)
 
@@ -102,30 +117,44 @@ class Decoder:
 
     def _attention(
         self,
-        h: torch.Tensor,
+        x: torch.Tensor,
         layer: int,
         block: Block,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attention: Attention,
         cache: KVCache,
     ) -> torch.Tensor:
-        batch, tokens, _ = h.shape
-        heads = (batch, tokens, -1, self.config.head_dim)
-        q = rotate(block.q(h).view(heads).transpose(1, 2), *rope)  # (B, n_heads, T, head_dim)
-        k = rotate(block.k(h).view(heads).transpose(1, 2), *rope)  # (B, n_kv_heads, T, head_dim)
-        v = block.v(h).view(heads).transpose(1, 2)
+        h = self._rms_norm(x, block.attention_norm)
+        heads = (*h.shape[:2], -1, self.config.head_dim)
+        q = rotate(block.q(h).view(heads), cos, sin)  # (B, T, n_heads, head_dim)
+        k = rotate(block.k(h).view(heads), cos, sin)  # (B, T, n_kv_heads, head_dim)
+        v = block.v(h).view(heads)
+        del h
         keys, values = cache.extend(layer, k, v)  # (B, n_kv_heads, S, head_dim)
-        return block.o(attend(q, keys, values, mask).transpose(1, 2).flatten(2))
+        del k, v
+        out = attention(q, keys, values)  # (B, T, n_heads * head_dim)
+        del q, keys, values
+        return block.o(out)
+
+    def _ffn(self, x: torch.Tensor, block: Block) -> torch.Tensor:
+        h = self._rms_norm(x, block.ffn_norm)
+        wide = F.silu(block.gate(h), inplace=True)  # (B, T, ffn)
+        up = block.up(h)
+        del h
+        wide.mul_(up)
+        del up
+        return block.down(wide)
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.config.norm_eps)
-        return weight * normed.to(x.dtype)
+        scale = wide.square().mean(dim=-1, keepdim=True).add_(self.config.norm_eps).rsqrt_()
+        return (wide * scale).to(x.dtype).mul_(weight)
 
     def _rope(self, start: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines (T, head_dim) of positions from `start`, in the compute dtype."""
+        """Return cosines and sines (T, 1, head_dim) of positions from `start`, in the compute dtype."""
         positions = torch.arange(start, start + tokens, device=self.device, dtype=torch.float32)
-        angles = torch.outer(positions, self._inverse_frequencies).repeat(1, 2)
+        angles = torch.outer(positions, self._inverse_frequencies).repeat(1, 2)[:, None]
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
     def _block(self, prefix: str) -> Block:
@@ -151,30 +180,11 @@ class Decoder:
         return weight
 
 
-def attend(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Return softmax(q K^T / sqrt(head_dim)) V, (B, n_heads, T, head_dim), heads sharing keys in groups.
-
-    Args:
-        q: (B, n_heads, T, head_dim).
-        keys: (B, n_kv_heads, S, head_dim).
-        values: likewise.
-        mask: bool (T, S); None is the causal triangle, or every key for a single token.
-    """
-    batch, n_heads, tokens, head_dim = q.shape
-    if tokens == 1:  # the heads of a group stand in for queries, so keys are not repeated
-        grouped = q.view(batch, keys.shape[1], -1, head_dim)
-        return F.scaled_dot_product_attention(grouped, keys, values).view(q.shape)
-    return F.scaled_dot_product_attention(
-        q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=n_heads != keys.shape[1]
-    )
-
-
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply half-split RoPE to x (B, heads, T, head_dim): element i pairs with i + head_dim / 2."""
+    """Apply half-split RoPE to x (B, T, heads, head_dim) in place: element i pairs with i + head_dim / 2."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    swapped = torch.cat((-second, first), dim=-1).mul_(sin)
+    return x.mul_(cos).add_(swapped)
 
 
 def rope_frequencies(config: ModelConfig) -> torch.Tensor:

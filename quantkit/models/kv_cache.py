@@ -1,17 +1,20 @@
 """A preallocated KV cache, in one slab: plain, int8 or int4, rolling where the model has a window.
 
 Shapes: B batch, T tokens of this call, C slots, S keys attended to.
-Codes of 8 and 4 bits carry a 16-bit scale for each token and head, and only the layer at hand is
-ever dequantized.
+Codes of 8 and 4 bits carry 16-bit scales. Where the stored dtype is not the compute dtype, the keys and
+values of one layer at a time are converted, in pieces, into a scratch that lives as long as the cache:
+it never grows, so it leaves no holes behind.
 """
 
 from __future__ import annotations
 
 import torch
 
+from calculators.activations import piece_tokens
+from calculators.kv_cache import check_group
 from quantkit.config import ModelConfig
 from quantkit.errors import QuantkitError
-from quantkit.quantize.packing import pack_low_first, unpack_low_first
+from quantkit.quantize.vectors import dequantize_vectors, quantize_vectors
 
 
 class KVCache:
@@ -24,6 +27,10 @@ class KVCache:
         dtype: compute dtype, in which keys and values come and go.
         bits: 32, 16, 8 or 4 bits an element; None stores the compute dtype.
         device: where the slab lies.
+        group: elements of a head that share a scale; 0 is the whole head.
+
+    Raises:
+        QuantkitError: the group does not divide the head.
     """
 
     def __init__(
@@ -34,22 +41,33 @@ class KVCache:
         dtype: torch.dtype,
         bits: int | None = None,
         device: torch.device | str = "cpu",
+        group: int = 0,
     ) -> None:
-        window = config.sliding_window
+        try:
+            check_group(config.head_dim, group)
+        except ValueError as error:
+            raise QuantkitError(str(error)) from None
+        window, head_dim = config.sliding_window, config.head_dim
         self.rolling = window is not None and window < max_tokens
         self.slots = min(window, max_tokens) if window is not None else max_tokens
-        self.max_tokens, self.length, self._dtype = max_tokens, 0, dtype
-        self.bits = bits or dtype.itemsize * 8
+        self.max_tokens, self.length = max_tokens, 0
+        self.bits, self.group = bits or dtype.itemsize * 8, group
         half = dtype if dtype.itemsize == 2 else torch.bfloat16
         stored = {32: torch.float32, 16: half}.get(self.bits, torch.uint8)
-        width = config.head_dim if self.bits >= 16 else config.head_dim * self.bits // 8
-        shape = (config.n_layers, 2, batch, config.n_kv_heads, self.slots)
-        self._slab = torch.zeros(*shape, width, dtype=stored, device=device)
-        self._scales = torch.zeros(shape, dtype=half, device=device) if self.bits < 16 else None
+        width = head_dim if self.bits >= 16 else head_dim * self.bits // 8
+        shape = (2, batch, config.n_kv_heads, self.slots)
+        self._slab = torch.zeros(config.n_layers, *shape, width, dtype=stored, device=device)
+        self._scales: torch.Tensor | None = None
+        if self.bits < 16:
+            scales = (config.n_layers, *shape, head_dim // (group or head_dim))
+            self._scales = torch.zeros(scales, dtype=torch.float16, device=device)
+        self._scratch: torch.Tensor | None = None
+        if stored != dtype:
+            self._scratch = torch.empty(*shape, head_dim, dtype=dtype, device=device)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the slab and its scales."""
+        """Bytes of the slab and its scales, without the scratch."""
         return self._slab.nbytes + (0 if self._scales is None else self._scales.nbytes)
 
     def check_room(self, tokens: int) -> None:
@@ -59,80 +77,78 @@ class KVCache:
                 f"the cache was made for {self.max_tokens:,} tokens; {self.length:,} are in it and {tokens:,} more came"
             )
 
+    def keys(self, tokens: int) -> int:
+        """Return S, the keys that `extend` gives for the next `tokens`."""
+        if self.rolling and tokens == 1:
+            return min(self.length + 1, self.slots)
+        return min(self.length, self.slots) + tokens
+
+    def window(self, tokens: int) -> int | None:
+        """Return the window that a mask must impose on these keys, None where each sees all before it."""
+        return self.slots if self.rolling and tokens > 1 else None
+
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the keys and values of T new tokens and return those they may attend to.
 
         Args:
             layer: index of the decoder layer.
-            k: (B, n_kv_heads, T, head_dim), rotated already.
+            k: (B, T, n_kv_heads, head_dim), rotated already.
             v: likewise.
 
         Returns:
-            Keys and values (B, n_kv_heads, S, head_dim), in the order of `mask`'s columns.
+            Keys and values (B, n_kv_heads, S, head_dim), oldest first; for a single token of a rolling
+            cache in any order.
         """
-        tokens = k.shape[2]
-        if not self.rolling:
-            self._store(layer, k, v, slice(self.length, self.length + tokens))
-            return self._load(layer, self.length + tokens)
-        if tokens == 1:
-            slot = self.length % self.slots
-            self._store(layer, k, v, slice(slot, slot + 1))
-            return self._load(layer, min(self.length + 1, self.slots))
-        past_k, past_v = self._load(layer, min(self.length, self.slots))
-        keys, values = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
-        kept = min(tokens, self.slots)
-        positions = torch.arange(self.length + tokens - kept, self.length + tokens, device=k.device)
-        self._store(layer, k[:, :, -kept:], v[:, :, -kept:], positions % self.slots)
-        return keys, values
-
-    def mask(self, tokens: int) -> torch.Tensor | None:
-        """Return which keys each of the next `tokens` sees: bool (T, S), or None where the answer is plain.
-
-        None means every key for a single token, and the causal triangle for the first chunk.
-        """
-        if tokens == 1 or (self.length == 0 and not self.rolling):
-            return None
-        device = self._slab.device
-        queries = torch.arange(self.length, self.length + tokens, device=device)
-        if not self.rolling:
-            keys = torch.arange(self.length + tokens, device=device)
-            return keys <= queries[:, None]
-        filled = torch.arange(min(self.length, self.slots), device=device)
-        past = self.length - 1 - (self.length - 1 - filled) % self.slots  # latest position in each slot
-        distance = queries[:, None] - torch.cat((past, queries))
-        return (distance >= 0) & (distance < self.slots)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if self.rolling and k.shape[2] > 1:
+            keys, values = self._joined(layer, k, v)
+            self._store(layer, k, v)
+            return keys, values
+        self._store(layer, k, v)
+        stored = self._load(layer, self.keys(k.shape[2]))
+        return stored[0], stored[1]
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` as cached, after every layer has stored them."""
         self.length += tokens
 
-    def _store(self, layer: int, k: torch.Tensor, v: torch.Tensor, at: slice | torch.Tensor) -> None:
-        for index, values in enumerate((k, v)):
-            if self._scales is None:
-                self._slab[layer, index, :, :, at] = values.to(self._slab.dtype)
-            else:
-                codes, scales = _quantize_vectors(values, self.bits, self._scales.dtype)
-                self._slab[layer, index, :, :, at] = codes
-                self._scales[layer, index, :, :, at] = scales
-
-    def _load(self, layer: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        stored = self._slab[layer, :, :, :, :count]
-        if self._scales is None:
-            k, v = stored.to(self._dtype).unbind()
+    def _joined(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what a rolling cache holds, oldest first, with the new tokens behind it, as copies."""
+        if self.length == 0:
             return k, v
-        codes = unpack_low_first(stored, stored.shape[-1] * 2) if self.bits == 4 else stored
-        values = codes.to(self._dtype).sub_(2 ** (self.bits - 1))
-        k, v = values.mul_(self._scales[layer, :, :, :, :count, None].to(self._dtype)).unbind()
-        return k, v
+        past = self._load(layer, min(self.length, self.slots))
+        oldest = self.length % self.slots if self.length > self.slots else 0
+        pieces = (past[:, :, :, oldest:], past[:, :, :, :oldest])
+        return (
+            torch.cat((pieces[0][0], pieces[1][0], k), dim=2),
+            torch.cat((pieces[0][1], pieces[1][1], v), dim=2),
+        )
 
+    def _store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        kept = min(k.shape[2], self.slots)
+        start = (self.length + k.shape[2] - kept) % self.slots
+        before_end = min(kept, self.slots - start)
+        for index, vectors in enumerate((k[:, :, -kept:], v[:, :, -kept:])):
+            parts = [(self._slab, vectors)]
+            if self._scales is not None:
+                codes, scales = quantize_vectors(vectors, self.bits, self.group, self._scales.dtype)
+                parts = [(self._slab, codes), (self._scales, scales)]
+            for slab, new in parts:
+                place = slab[layer, index]
+                place[:, :, start : start + before_end] = new[:, :, :before_end]
+                if kept > before_end:
+                    place[:, :, : kept - before_end] = new[:, :, before_end:]
 
-def _quantize_vectors(
-    values: torch.Tensor, bits: int, scale_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return uint8 codes (..., head_dim * bits / 8) and scales (...) of vectors (..., head_dim)."""
-    top = 2 ** (bits - 1) - 1
-    limits = torch.finfo(scale_dtype)
-    values = values.float()
-    scales = (values.abs().amax(dim=-1) / top).clamp(limits.smallest_normal, limits.max).to(scale_dtype)
-    codes = (values / scales.float()[..., None]).round_().clamp_(-top, top).add_(top + 1).to(torch.uint8)
-    return (pack_low_first(codes) if bits == 4 else codes), scales
+    def _load(self, layer: int, count: int) -> torch.Tensor:
+        """Return keys and values (2, B, n_kv_heads, count, head_dim) of a layer in the compute dtype."""
+        if self._scratch is None:
+            return self._slab[layer, :, :, :, :count]
+        step = piece_tokens(self._scratch[:, :, :, 0].numel())
+        for start in range(0, count, step):
+            at = slice(start, min(start + step, count))
+            stored, out = self._slab[layer, :, :, :, at], self._scratch[:, :, :, at]
+            if self._scales is None:
+                out.copy_(stored)
+            else:
+                dequantize_vectors(stored, self._scales[layer, :, :, :, at], self.bits, out)
+        return self._scratch[:, :, :, :count]

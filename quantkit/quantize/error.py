@@ -9,11 +9,11 @@ import torch
 
 from quantkit.kernels.reference import dequantize
 from quantkit.quantize.nf4 import dequantize_scales
+from quantkit.quantize.packing import ZEROS_PER_WORD
 from quantkit.schemes import nf4_scheme
 from quantkit.tensor import QuantizedTensor
 
 _CHUNK_ELEMENTS = 1 << 20
-_ZERO_ROWS = 8  # zero points share a word with their seven neighbours down a column
 
 
 def sqnr_db(weight: torch.Tensor, stored: torch.Tensor | QuantizedTensor) -> float:
@@ -46,10 +46,10 @@ def _chunks(
         yield from _nf4_chunks(weight.reshape(-1), stored)
         return
     rows, cols = stored.shape
-    step = max(_ZERO_ROWS, _CHUNK_ELEMENTS // cols // _ZERO_ROWS * _ZERO_ROWS)
+    step = max(ZEROS_PER_WORD, _CHUNK_ELEMENTS // cols // ZEROS_PER_WORD * ZEROS_PER_WORD)
     for start in range(0, rows, step):
         piece = slice(start, start + step)
-        words = slice(start // _ZERO_ROWS, (start + step) // _ZERO_ROWS)
+        words = slice(start // ZEROS_PER_WORD, (start + step) // ZEROS_PER_WORD)
         zeros = None if stored.zeros is None else stored.zeros[words]
         shape = (min(step, rows - start), cols)
         yield (

@@ -49,13 +49,21 @@ def quantize_nf4(weight: torch.Tensor, scheme: QuantScheme) -> QuantizedTensor:
     )
 
 
-def dequantize_scales(tensor: QuantizedTensor) -> torch.Tensor:
-    """Return the float32 (blocks,) absmax of an NF4 matrix, undoing double quantization."""
+def dequantize_scales(tensor: QuantizedTensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Return the float32 absmax of the blocks `start` to `stop` of an NF4 matrix, undoing double quantization.
+
+    `start` is a multiple of 256, the blocks that share a nested scale.
+    """
     if tensor.nested_scales is None or tensor.nested_offset is None:
-        return tensor.scales
-    values = dynamic_map().to(tensor.device)[tensor.scales.int()]
-    nested = tensor.nested_scales.repeat_interleave(NESTED_GROUP)[: values.numel()]
-    return values * nested + tensor.nested_offset
+        return tensor.scales[start:stop]
+    codes = tensor.scales[start:stop].int()
+    values = torch.index_select(dynamic_map_on(tensor.device), 0, codes)
+    nested = tensor.nested_scales[start // NESTED_GROUP :]
+    whole = values.numel() // NESTED_GROUP
+    values[: whole * NESTED_GROUP].view(whole, NESTED_GROUP).mul_(nested[:whole, None])
+    if whole * NESTED_GROUP < values.numel():
+        values[whole * NESTED_GROUP :].mul_(nested[whole])
+    return values.add_(tensor.nested_offset)
 
 
 def _encode(flat: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,3 +127,9 @@ def dynamic_map() -> torch.Tensor:
         centres = 10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2.0)
         values += centres.tolist() + (-centres).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+@lru_cache
+def dynamic_map_on(device: torch.device) -> torch.Tensor:
+    """Return `dynamic_map` on a device, where it is made once."""
+    return dynamic_map().to(device)

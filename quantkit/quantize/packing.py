@@ -27,6 +27,7 @@ from __future__ import annotations
 import torch
 
 NF4_ZERO_CODE = 7
+ZEROS_PER_WORD = 8
 _WORD_BYTES = 4
 
 

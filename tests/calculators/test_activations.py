@@ -1,143 +1,142 @@
-"""The closed form of the workspace, by hand, by property, and beside a traced forward pass."""
+"""What lives at the peak by hand, what grows with what, and that the shortcuts change nothing."""
 
 from __future__ import annotations
 
-import gc
 import itertools
-import weakref
 from dataclasses import replace
-from typing import Any
 
 import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from calculators.activations import (
-    Dequantized,
-    Dimensions,
-    Load,
-    dequantize_bytes,
-    peak,
-    phases,
-    workspace_bytes,
-)
-from quantkit.estimate import Workload, estimate
-from quantkit.models.decoder import Decoder
-from quantkit.models.loader import TORCH_DTYPES
-from quantkit.quantize import quantize
-from quantkit.schemes import SCHEMES, plan_weights
-from tests.checkpoints import tiny_config
+from calculators.activations import flash_runs, piece_rows, piece_tokens
+from calculators.kv_cache import KVLayout
+from calculators.peak import Run, at_peak, chunks, play
+from calculators.tape import Layer, Matrix, Model
+from calculators.units import GIB, MIB
+from calculators.weights import Packing
 
-MIB = 2**20
-MISTRAL = Dimensions(4096, 14336, 4096, 1024, 128, 32000, element_bytes=2)
-PLAIN = Dequantized()
-INT4 = Dequantized(4096 * 4096, 14336 * 4096, group=128, code_bytes=1)
+INT4 = Packing(4, 128, scale_bits=16)
 
 
-def terms(name: str, dims: Dimensions, matrices: Dequantized, load: Load) -> dict[str, int]:
-    [phase] = [phase for phase in phases(dims, matrices, load) if phase.name == name]
-    return {term.name: term.nbytes for term in phase.terms}
+def model(packing: Packing = Packing(16), layers: int = 2, **fields: object) -> Model:  # noqa: B008
+    """Mistral-7B's widths, its linears in `packing`."""
+    square, narrow = Matrix(4096, 4096, packing), Matrix(1024, 4096, packing)
+    up, down = Matrix(14336, 4096, packing), Matrix(4096, 14336, packing)
+    layer = Layer(q=square, k=narrow, v=narrow, o=square, gate=up, up=up, down=down)
+    made = Model(
+        hidden=4096, ffn=14336, n_heads=32, n_kv_heads=8, head_dim=128, vocab=32000, element_bytes=2,
+        layers=(layer,) * layers, head=Matrix(32000, 4096, Packing(16)),
+    )  # fmt: skip
+    return replace(made, **fields)
+
+
+def layout(bits: int = 16, group: int = 0) -> KVLayout:
+    return KVLayout(2, 8, 128, bits, group)
+
+
+def terms(decoder: Model, cache: KVLayout, context: int, chunk: int, batch: int = 1) -> dict[str, int]:
+    """Return the bytes of what lives at the peak, by name, without weights and cache."""
+    found: dict[str, int] = {}
+    for term in at_peak([100 * MIB], decoder, cache, Run(context, batch, chunk, 32 * MIB)):
+        found[term.name] = found.get(term.name, 0) + term.nbytes
+    return found
+
+
+def test_the_peak_of_a_chunk_is_the_ffn() -> None:
+    found = terms(model(), layout(), 8193, 2048)
+    kv, workspace, small = 8193 * 2 * 8 * 128 * 2 * 2, 32 * MIB, 64 * 4
+    assert found == {
+        "rope frequencies": small,
+        "KV cache": kv,
+        "token ids": 8193 * 8,
+        "cuBLAS workspace": workspace,
+        "final states": 16 * MIB,  # of the chunk before
+        "residual": 16 * MIB,
+        "cosines": MIB // 2,
+        "sines": MIB // 2,
+        "normed states": 16 * MIB,
+        "gate": 56 * MIB,
+        "up": 56 * MIB,
+    }
 
 
 def test_known_transients_of_mistral() -> None:
-    load = Load(batch=1, tokens=32768, context=32768, kv_bits=16)
-    assert terms("gated", MISTRAL, PLAIN, load)["gate, up, product"] == 3 * 896 * MIB
-    assert terms("logits", MISTRAL, PLAIN, load)["fp32 logits"] == 32000 * 4  # of the last position alone
-    chunk = Load(batch=1, tokens=2048, context=32768, kv_bits=4)
-    assert terms("attention", MISTRAL, PLAIN, chunk)["converted KV"] == 128 * MIB
-    assert terms("attention", MISTRAL, PLAIN, chunk)["mask"] == 64 * MIB
-    assert terms("attention", MISTRAL, PLAIN, load)["mask"] == 0  # one chunk is causal
-    assert terms("attention", MISTRAL, PLAIN, load)["log-sum-exp"] == 4 * MIB
-    assert dequantize_bytes(14336 * 4096, PLAIN) == 6 * 56 * MIB
+    whole = terms(model(), layout(), 32769, 1 << 20)
+    assert whole["gate"] == whole["up"] == 896 * MIB
+    assert "final states" not in whole  # there was no chunk before
+    quantized = terms(model(INT4), layout(8), 32769, 2048)
+    assert quantized["dequantized matrix"] == 112 * MIB
+    assert quantized["one layer's keys and values"] == 128 * MIB + 4096
+    scores = terms(model(attention="math"), layout(), 32769, 1 << 20)
+    assert scores["float32 scores"] == 128 * GIB
+    assert scores["probabilities"] == 64 * GIB
+    decoding = terms(model(INT4), layout(), 2, 1)
+    assert decoding["dequantized matrix"] == 112 * MIB
+    logits = terms(model(vocab=1 << 24), layout(), 65, 64)
+    assert logits["float32 logits"] == 64 * MIB  # of the last position alone
+
+
+def test_the_formulas_give_the_bytes() -> None:
+    for term in at_peak([1], model(INT4), layout(4), Run(4096, 3, 512, 32 * MIB)):
+        factors = [part.split()[-1] for part in term.formula.removesuffix(" B").split(" x ")]
+        product = 1
+        for factor in factors:
+            product *= int(factor.replace(",", ""))
+        assert product == term.nbytes
 
 
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("kv_bits", [16, 8, 4])
-@pytest.mark.parametrize("matrices", [PLAIN, INT4], ids=["plain", "int4"])
+@pytest.mark.parametrize("attention", ["flash", "math"])
+@pytest.mark.parametrize("packing", [Packing(16), INT4], ids=["plain", "int4"])
 def test_more_context_batch_or_chunk_never_takes_less(
-    matrices: Dequantized, kv_bits: int, window: int | None
+    packing: Packing, attention: str, kv_bits: int, window: int | None
 ) -> None:
-    dims = replace(MISTRAL, window=window)
-    sizes = (1, 2, 31, 256, 300, 301, 1000, 5000)
-    for batch, chunk in itertools.product((1, 3), (1, 64, 2048)):
-        by_context = [workspace_bytes(dims, matrices, batch, size, chunk, kv_bits) for size in sizes]
+    decoder = model(packing, attention=attention, window=window)
+
+    def requested(context: int, batch: int, chunk: int) -> int:
+        return play([MIB], decoder, layout(kv_bits), Run(context, batch, chunk, 0)).requested
+
+    contexts, batches, chunk_sizes = (2, 31, 257, 300, 301, 1000, 3000), (1, 3), (100, 2048)
+    for batch, chunk in itertools.product(batches, chunk_sizes):
+        by_context = [requested(context, batch, chunk) for context in contexts]
         assert by_context == sorted(by_context)
-    for context in sizes:
-        by_batch = [workspace_bytes(dims, matrices, batch, context, 64, kv_bits) for batch in (1, 2, 7)]
+    for context in contexts:
+        by_batch = [requested(context, batch, 640) for batch in (1, 2, 7)]
         assert by_batch == sorted(by_batch)
+        by_chunk = [requested(context, 2, chunk) for chunk in (60, 512, 4096)]
+        assert by_chunk == sorted(by_chunk)
 
 
-def test_decode_never_takes_more_than_prefill() -> None:
-    for window, kv_bits, context, tokens in itertools.product((None, 300), (16, 4), (2, 299, 4096), (2, 64)):
-        dims = replace(MISTRAL, window=window)
-        load = Load(2, min(tokens, context), context, kv_bits)
-        assert peak(dims, INT4, replace(load, tokens=1)).total <= peak(dims, INT4, load).total
-
-
-class Tracer(TorchDispatchMode):
-    """Follows the bytes of storages that are made under it, while they are alive."""
-
-    def __init__(self, known: set[int]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen = set(known)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage())
-        self.peak = max(self.peak, self.live)
-        return out
-
-    def _count(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._seen:
-            self._seen.add(key)
-            self.live += size
-            weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.live -= size
-
-
-# attention's own temporaries are invisible to the tracer, so these are cases where it is not the peak
-@pytest.mark.parametrize(
-    ("scheme", "dtype", "kv_bits", "context", "chunk", "window"),
-    [
-        ("bf16", "bf16", 16, 256, 64, None),
-        ("fp32", "fp32", 32, 64, 256, None),
-        ("bf16", "bf16", 16, 256, 64, 150),
-        ("int8", "bf16", 8, 96, 32, None),
-        ("int4-g128", "bf16", 4, 96, 32, None),
-        ("int4-g32-asym", "bf16", 16, 96, 32, None),
-        ("nf4", "fp32", 32, 96, 32, None),
-        ("nf4-dq", "bf16", 16, 96, 32, None),
-    ],
-)
-def test_the_estimate_is_the_traced_peak(
-    scheme: str, dtype: str, kv_bits: int, context: int, chunk: int, window: int | None
+@pytest.mark.parametrize("expandable", [False, True])
+@pytest.mark.parametrize(("kv_bits", "batch", "chunk"), [(16, 1, 256), (4, 3, 100), (8, 1, 5000)])
+@pytest.mark.parametrize("attention", ["flash", "math"])
+def test_a_settled_layer_is_passed_over_for_nothing(
+    attention: str, kv_bits: int, batch: int, chunk: int, expandable: bool
 ) -> None:
-    config = tiny_config(
-        hidden_size=256, intermediate_size=896, n_heads=4, n_kv_heads=1, head_dim=64, vocab_size=1000,
-        max_context=1024, n_layers=1, dtype=dtype, sliding_window=window,
-    )  # fmt: skip
-    chosen = SCHEMES[scheme]
-    plan = plan_weights(config, chosen)
-    weights: dict[str, Any] = {}
-    for spec in config.tensors:
-        weight = torch.full(spec.shape, 0.01, dtype=TORCH_DTYPES[dtype])
-        planned = plan.get(spec.name)
-        weights[spec.name] = quantize(weight, planned, TORCH_DTYPES[dtype]) if planned else weight
-    decoder = Decoder(config, weights, TORCH_DTYPES[dtype])
-    cache = decoder.new_cache(1, context, kv_bits)
-    known = {o.untyped_storage()._cdata for o in gc.get_objects() if type(o) is torch.Tensor}
-    with torch.inference_mode(), Tracer(known) as tracer:
-        ids = torch.zeros(1, context, dtype=torch.int64)
-        decoder.prefill(ids[:, :-1], cache, chunk)
-        decoder.logits(decoder.forward(ids[:, -1:], cache)[:, -1])
-    estimated = estimate(config, chosen, Workload(context, 1, kv_bits, chunk), plan).activations_bytes
-    # 1% under: small vectors are left out; 6% over: a chunk and the context count at their largest together
-    assert 0.99 * tracer.peak <= estimated <= 1.06 * tracer.peak
+    once = model(INT4, layers=12, attention=attention)
+    [kind] = set(once.layers)
+    each = replace(once, layers=tuple(replace(kind) for _ in once.layers))  # equal, but not one object
+    run = Run(2000, batch, chunk, 32 * MIB, expandable)
+    assert play([MIB, 7 * MIB], once, layout(kv_bits), run) == play(
+        [MIB, 7 * MIB], each, layout(kv_bits), run
+    )
+
+
+def test_chunks_cover_the_prompt() -> None:
+    assert chunks(10, 4) == [(4, 0), (4, 4), (2, 8)]
+    assert chunks(8, 4) == [(4, 0), (4, 4)]
+    assert chunks(3, 4) == [(3, 0)]
+    assert chunks(1000, 100, sampled=True) == [(100, 0), (100, 100), (100, 900)]
+
+
+def test_what_flash_attention_takes() -> None:
+    assert flash_runs(2, 128)
+    assert not flash_runs(4, 128)
+    assert not flash_runs(2, 20)
+    assert not flash_runs(2, 512)
+
+
+def test_pieces_are_never_empty() -> None:
+    assert piece_rows(1 << 30) == 1
+    assert piece_tokens(1 << 30) == 1
+    assert piece_rows(4096) * 4096 == 1 << 22

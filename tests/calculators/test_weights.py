@@ -23,14 +23,15 @@ NF4_DQ = Packing(4, 64, flat=True, scale_bits=8, nested_group=256)
         (8, 256, Packing(4, 128, scale_bits=16, zero_bits=4), MatrixBytes(1024, 32, zeros=8)),
         (9, 256, Packing(4, 128, scale_bits=16, zero_bits=4), MatrixBytes(1152, 36, zeros=16)),
         (3, 43, NF4, MatrixBytes(65, 12)),  # 129 elements: blocks run over the ends of rows
-        (64, 256, NF4_DQ, MatrixBytes(8192, 256, nested=8)),  # one nested scale and the offset
-        (64, 260, NF4_DQ, MatrixBytes(8320, 260, nested=12)),
+        (64, 256, NF4_DQ, MatrixBytes(8192, 256, nested=4, nested_offset=4)),
+        (64, 260, NF4_DQ, MatrixBytes(8320, 260, nested=8, nested_offset=4)),
         (0, 128, G128, MatrixBytes(0)),
     ],
 )
 def test_bytes_by_part(rows: int, cols: int, packing: Packing, parts: MatrixBytes) -> None:
     assert matrix_bytes(rows, cols, packing) == parts
-    assert parts.total == parts.codes + parts.scales + parts.zeros + parts.nested
+    assert parts.total == sum(parts.parts)
+    assert all(parts.parts)
 
 
 def test_sixteen_bit_zero_points_cost_what_halving_the_group_does() -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 import transformers
 
+from quantkit.errors import BackendError
 from quantkit.formats.checkpoint import open_checkpoint
-from quantkit.models.decoder import Decoder, attend
+from quantkit.models.attention import Attention, choose_path
+from quantkit.models.decoder import Decoder
 from quantkit.models.loader import load
 
 # fp32 sums of a few hundred terms differ in order between the two implementations
@@ -73,12 +75,14 @@ def test_logits_equal_transformers(name: str, tmp_path: Path, ids: torch.Tensor)
     assert relative_difference(run_steps(ours, ids, [40]), expected) <= RELATIVE
 
 
+@pytest.mark.parametrize("path", ["sdpa", "math"])
 @pytest.mark.parametrize("sizes", [[], [40], [13, 1, 9], [3, 30, 7]], ids=str)
 @pytest.mark.parametrize("name", ["mistral-gqa", "mistral-window", "llama-tied", "qwen2-biases"])
 def test_steps_and_chunks_equal_one_prefill(
-    name: str, sizes: list[int], tmp_path: Path, ids: torch.Tensor
+    name: str, sizes: list[int], path: str, tmp_path: Path, ids: torch.Tensor
 ) -> None:
     theirs, ours = make(tmp_path, name)
+    ours.attention = path
     with torch.no_grad():
         expected = theirs(ids).logits
     assert relative_difference(run_steps(ours, ids, sizes), expected) <= RELATIVE
@@ -101,11 +105,35 @@ def test_prefill_returns_the_last_tokens_logits(tmp_path: Path, ids: torch.Tenso
     assert relative_difference(chunked, whole) <= RELATIVE
 
 
-def test_attend_shares_keys_among_grouped_heads() -> None:
+@pytest.mark.parametrize("path", ["sdpa", "math"])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("tokens", [5, 2, 1])
+def test_attention_shares_keys_among_grouped_heads(path: str, window: int | None, tokens: int) -> None:
     torch.manual_seed(0)
-    q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
-    scores = q @ k.repeat_interleave(2, dim=1).transpose(-1, -2) / 8**0.5
-    causal = torch.ones(5, 5, dtype=torch.bool).tril()
-    expected = scores.masked_fill(~causal, -torch.inf).softmax(-1) @ v.repeat_interleave(2, dim=1)
-    torch.testing.assert_close(attend(q, k, v, None), expected)
-    torch.testing.assert_close(attend(q[:, :, -1:], k, v, None), expected[:, :, -1:])
+    q, k, v = torch.randn(2, 5, 6, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
+    seen = torch.ones(5, 5, dtype=torch.bool).tril()
+    if window and tokens > 1:  # a single token of a rolling cache is given only what it may see
+        seen &= torch.ones(5, 5, dtype=torch.bool).triu(1 - window)
+    scores = q.transpose(1, 2) @ k.repeat_interleave(2, dim=1).mT / 8**0.5
+    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    expected = (probabilities @ v.repeat_interleave(2, dim=1)).transpose(1, 2).flatten(2)
+    attention = Attention(path, tokens, 5, window, q.device)
+    torch.testing.assert_close(attention(q[:, -tokens:].contiguous(), k, v), expected[:, -tokens:])
+
+
+def test_an_attention_that_cannot_run_is_refused() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_path("auto", cpu, torch.bfloat16, 128) == "sdpa"
+    assert choose_path("auto", cuda, torch.bfloat16, 128) == "flash"
+    assert (
+        choose_path("auto", cuda, torch.float32, 128) == choose_path("math", cpu, torch.float32, 20) == "math"
+    )
+    for name, device, dtype, head_dim in (
+        ("flash", cpu, torch.bfloat16, 128),
+        ("flash", cuda, torch.float32, 128),
+        ("flash", cuda, torch.bfloat16, 20),
+        ("sdpa", cuda, torch.bfloat16, 128),
+        ("eager", cpu, torch.bfloat16, 128),
+    ):
+        with pytest.raises(BackendError, match=r"choose|known"):
+            choose_path(name, device, dtype, head_dim)

@@ -30,8 +30,9 @@ def test_estimated_bytes_equal_the_caches(bits: int, window: int | None, batch: 
 def test_quantized_values_come_back_within_half_a_step(bits: int, steps: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     cache = KVCache(CONFIG, 1, 9, dtype, bits)
-    k, v = (torch.randn(1, CONFIG.n_kv_heads, 9, CONFIG.head_dim).to(dtype) for _ in range(2))
-    for stored, loaded in zip((k, v), cache.extend(0, k, v), strict=True):
+    k, v = (torch.randn(1, 9, CONFIG.n_kv_heads, CONFIG.head_dim).to(dtype) for _ in range(2))
+    for given, loaded in zip((k, v), cache.extend(0, k, v), strict=True):
+        stored = given.transpose(1, 2)
         absmax = stored.abs().amax(-1, keepdim=True).float()
         # half a step, and what rounding the scale and the result to 8 bits of mantissa adds
         bound = absmax * (0.5 / steps + 2 * 2.0**-8)
@@ -41,7 +42,7 @@ def test_quantized_values_come_back_within_half_a_step(bits: int, steps: int, dt
 
 def test_zeros_stay_zeros() -> None:
     cache = KVCache(CONFIG, 1, 2, torch.bfloat16, 4)
-    zeros = torch.zeros(1, CONFIG.n_kv_heads, 2, CONFIG.head_dim, dtype=torch.bfloat16)
+    zeros = torch.zeros(1, 2, CONFIG.n_kv_heads, CONFIG.head_dim, dtype=torch.bfloat16)
     keys, values = cache.extend(1, zeros, zeros)
     assert not keys.any()
     assert not values.any()

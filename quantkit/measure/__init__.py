@@ -1,0 +1,1 @@
+"""What a run really takes: traced without a GPU, measured on one."""

@@ -1,0 +1,126 @@
+"""Attention by one of three paths: flash (CUDA), PyTorch's fused CPU kernel, or plain matrix products.
+
+The path is chosen once for a model and never falls back in silence. B batch, T queries, S keys; the
+queries are the last T of the S positions, and heads share keys in groups.
+`calculators/activations.py` lists the tensors of `flash` and `math` in this order: change them together.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from calculators.activations import flash_runs
+from quantkit.errors import BackendError
+
+PATHS = ("flash", "math", "sdpa")
+
+
+def choose_path(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Return the path that `name` means for a model: one of PATHS, or `auto` for the best there is.
+
+    Raises:
+        BackendError: the path is unknown, or cannot run this dtype or head on this device.
+    """
+    flash = flash_runs(dtype.itemsize, head_dim)
+    if name == "auto":
+        return "sdpa" if device.type == "cpu" else "flash" if flash else "math"
+    if name not in PATHS:
+        raise BackendError(f"unknown attention {name!r}; known are auto, {', '.join(PATHS)}")
+    if name == "flash" and not flash:
+        raise BackendError(
+            f"flash attention runs 16-bit dtypes and heads of up to 256 elements in steps of 8, not {dtype} with "
+            f"heads of {head_dim}: choose math"
+        )
+    if (name == "flash" and device.type == "cpu") or (name == "sdpa" and device.type != "cpu"):
+        raise BackendError(f"attention {name!r} does not run on {device.type}: choose auto")
+    return name
+
+
+class Attention:
+    """Attention of T queries to S keys, with the mask that its path needs.
+
+    Args:
+        path: one of PATHS.
+        tokens: T.
+        keys: S.
+        window: keys that a query sees at most, itself among them; None for all before it.
+        device: where the mask lies.
+    """
+
+    def __init__(self, path: str, tokens: int, keys: int, window: int | None, device: torch.device) -> None:
+        self._path, self._window = path, window
+        needed = path == "math" or (path == "sdpa" and (keys > tokens or window is not None))
+        self._hidden = _hidden(tokens, keys, window, device) if needed and tokens > 1 else None
+        self._visible = ~self._hidden if path == "sdpa" and self._hidden is not None else None
+
+    def __call__(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Return softmax(q K^T / sqrt(head_dim)) V as (B, T, n_heads * head_dim).
+
+        Args:
+            q: (B, T, n_heads, head_dim), contiguous.
+            keys: (B, n_kv_heads, S, head_dim).
+            values: likewise.
+        """
+        if self._path == "flash":
+            return _flash(q, keys, values, self._window)
+        if self._path == "math":
+            return _math(q, keys, values, self._hidden)
+        return _sdpa(q, keys, values, self._visible)
+
+
+def _hidden(tokens: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Return which keys each query may not see: bool (T, S)."""
+    columns = torch.arange(keys, device=device)
+    rows = torch.arange(keys - tokens, keys, device=device)[:, None]
+    hidden = columns > rows
+    if window is not None:
+        hidden |= columns <= rows - window
+    return hidden
+
+
+def _flash(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None) -> torch.Tensor:
+    """FlashAttention-2 as PyTorch carries it; its causal triangle is aligned to the last query and key."""
+    tokens, count = q.shape[1], keys.shape[2]
+    out = torch.ops.aten._flash_attention_forward(
+        q, keys.transpose(1, 2), values.transpose(1, 2), None, None, tokens, count,
+        0.0, tokens > 1, False, scale=1 / math.sqrt(q.shape[3]),
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
+    )[0]  # fmt: skip
+    return out.flatten(2)
+
+
+def _math(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor | None
+) -> torch.Tensor:
+    """Scores in full, scaled and normalised in float32; the heads of a group stand in for queries."""
+    batch, tokens, n_heads, head_dim = q.shape
+    n_kv_heads, count = keys.shape[1:3]
+    groups = n_heads // n_kv_heads
+    grouped = q.view(batch, tokens, n_kv_heads, groups, head_dim).permute(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(batch * n_kv_heads, groups * tokens, head_dim)
+    scores = torch.bmm(grouped, keys.flatten(0, 1).mT).float().mul_(1 / math.sqrt(head_dim))
+    del grouped
+    if hidden is not None:
+        scores.view(-1, groups, tokens, count).masked_fill_(hidden, -math.inf)
+    scores = torch.softmax(scores, dim=-1).to(q.dtype)
+    out = torch.bmm(scores, values.flatten(0, 1)).view(batch, n_kv_heads, groups, tokens, head_dim)
+    del scores
+    return out.permute(0, 3, 1, 2, 4).reshape(batch, tokens, n_heads * head_dim)
+
+
+def _sdpa(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None
+) -> torch.Tensor:
+    batch, tokens, n_heads, head_dim = q.shape
+    if tokens == 1:  # the heads of a group stand in for queries, so keys are not repeated
+        grouped = q.view(batch, keys.shape[1], -1, head_dim)
+        return F.scaled_dot_product_attention(grouped, keys, values).view(batch, 1, -1)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), keys, values, attn_mask=visible, is_causal=visible is None,
+        enable_gqa=n_heads != keys.shape[1],
+    )  # fmt: skip
+    return out.transpose(1, 2).flatten(2)

@@ -1,0 +1,153 @@
+"""The closed form against the real decoder on `meta`: every request counted, allocated and reserved alike."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from calculators.hardware import ASSUMED_PLATFORM, Platform
+from quantkit.config import ModelConfig
+from quantkit.estimate import Estimator, Workload
+from quantkit.measure.trace import Traced, trace
+from quantkit.presets import PRESETS
+from quantkit.schemes import SCHEMES, plan_weights
+from tests.checkpoints import tiny_config
+
+MISTRAL = "mistral-7b-instruct-v0.2"
+MATH = replace(ASSUMED_PLATFORM, attention="math")
+EXPANDABLE = replace(ASSUMED_PLATFORM, expandable_segments=True)
+WHOLE = 1 << 20
+
+
+def check(
+    config: ModelConfig,
+    scheme: str,
+    workload: Workload,
+    platform: Platform = ASSUMED_PLATFORM,
+    layers: int | None = 2,
+    sampled: bool = True,
+) -> Traced:
+    """Trace a run and hold the closed form to it, to the byte."""
+    if layers:
+        config = replace(config, n_layers=layers)
+    traced = trace(config, SCHEMES[scheme], workload, platform, sampled=sampled)
+    estimator = Estimator(config, SCHEMES[scheme], platform=platform)
+    peaks = estimator.peaks(workload, sampled)
+    held = estimator.weights_bytes + traced.kv_cache_bytes + platform.workspace.nbytes
+    assert estimator.weights_bytes == traced.weights_bytes
+    assert estimator.estimate(workload).kv_cache_bytes == traced.kv_cache_bytes
+    assert peaks.requested - held == traced.activations_bytes
+    assert peaks.allocated == traced.allocated_bytes
+    assert peaks.reserved == traced.reserved_bytes
+    assert peaks.loaded == traced.load_reserved_bytes
+    return traced
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme(scheme: str) -> None:
+    check(PRESETS[MISTRAL], scheme, Workload(8192))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset(name: str) -> None:
+    check(PRESETS[name], "nf4-dq", Workload(4096, batch=4, kv_bits=8))
+
+
+@pytest.mark.parametrize("chunk", [512, 2048, WHOLE])
+@pytest.mark.parametrize("context", [1, 2, 1000, 8192])
+@pytest.mark.parametrize(("kv_bits", "kv_group", "batch"), [(16, 0, 1), (8, 0, 4), (4, 32, 1), (32, 0, 2)])
+@pytest.mark.parametrize("name", [MISTRAL, "mistral-7b-v0.1"])
+def test_contexts_chunks_and_caches(
+    name: str, kv_bits: int, kv_group: int, batch: int, context: int, chunk: int
+) -> None:
+    workload = Workload(context, batch, kv_bits, kv_group, chunk)
+    check(PRESETS[name], "bf16", workload)
+
+
+@pytest.mark.parametrize(
+    "platform", [ASSUMED_PLATFORM, MATH, EXPANDABLE], ids=["flash", "math", "expandable"]
+)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "scheme", "kv_bits"),
+    [
+        ("mistral-7b-v0.1", "int4-g128", 4),  # a window, and a rolling cache
+        ("llama-2-7b", "int4-g64-asym", 8),  # as many key heads as query heads
+        ("qwen2.5-7b", "nf4", 16),  # biases
+        ("smollm2-135m", "int4-g128", 16),  # a tied head, groups that do not divide
+        ("llama-3.1-8b", "fp32", 16),  # no flash attention in float32
+    ],
+)
+def test_every_chunk_of_every_path(
+    name: str, scheme: str, kv_bits: int, batch: int, platform: Platform
+) -> None:
+    check(PRESETS[name], scheme, Workload(5000, batch, kv_bits, prefill_chunk=1024), platform, sampled=False)
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "int8"])
+def test_all_layers(scheme: str) -> None:
+    check(PRESETS[MISTRAL], scheme, Workload(5000), layers=None, sampled=False)
+
+
+def test_two_layers_tell_what_all_do() -> None:
+    shallow = trace(PRESETS[MISTRAL], SCHEMES["bf16"], Workload(8192), layers=2, sampled=True)
+    deep = trace(PRESETS[MISTRAL], SCHEMES["bf16"], Workload(8192), sampled=False)
+    assert shallow.activations_bytes == deep.activations_bytes
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "int4-g32-asym", "nf4-dq"])
+def test_unlike_layers_and_ragged_shapes(scheme: str) -> None:
+    config = tiny_config(
+        hidden_size=200, intermediate_size=330, n_heads=5, n_kv_heads=1, head_dim=40, n_layers=4
+    )
+    plan = plan_weights(config, SCHEMES[scheme], exclude=["model.layers.2.*"])
+    workload = Workload(333, 2, 8, prefill_chunk=100)
+    traced = trace(config, SCHEMES[scheme], workload, plan=plan)
+    peaks = Estimator(config, SCHEMES[scheme], plan).peaks(workload)
+    assert (peaks.allocated, peaks.reserved) == (traced.allocated_bytes, traced.reserved_bytes)
+
+
+def test_events_pair_up_and_loading_takes_the_weights_and_no_more() -> None:
+    config = replace(PRESETS[MISTRAL], n_layers=2)
+    traced = trace(config, SCHEMES["nf4-dq"], Workload(1024))
+    alive: dict[int, int] = {}
+    for event in traced.events:
+        if event.action == "alloc":
+            assert event.number not in alive
+            alive[event.number] = event.nbytes
+        else:
+            assert alive.pop(event.number) == event.nbytes
+    kept = traced.weights_bytes + traced.kv_cache_bytes + ASSUMED_PLATFORM.workspace.nbytes
+    assert sum(alive.values()) >= kept
+    loads = [event for event in traced.events if event.action == "alloc"]
+    sizes = itertools.accumulate(event.nbytes for event in loads)
+    assert traced.weights_bytes in sizes  # the first requests are the weights, and nothing is given back
+    frees = [event.number for event in traced.events if event.action == "free"]
+    assert min(frees) > next(i for i, total in enumerate(sizes, 1) if total >= 0)
+
+
+def test_tracing_makes_no_tensor_of_its_own() -> None:
+    traced = trace(replace(PRESETS[MISTRAL], n_layers=1), SCHEMES["bf16"], Workload(128))
+    assert traced.weights_bytes > 10**9 > 0
+    assert not torch.cuda.is_initialized()
+
+
+GRID = list(
+    itertools.product(
+        {(replace(config, name=""),): name for name, config in PRESETS.items()}.values(),
+        SCHEMES,
+    )
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "scheme"), GRID)
+def test_the_grid(name: str, scheme: str) -> None:
+    config = replace(PRESETS[name], n_layers=2)
+    for context, kv_bits, batch, chunk in itertools.product(
+        (1024, 2048, 4096, 8192, 16384, 32768), (16, 8, 4), (1, 4), (512, 2048, WHOLE)
+    ):
+        check(config, scheme, Workload(context, batch, kv_bits, prefill_chunk=chunk))
