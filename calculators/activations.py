@@ -350,24 +350,21 @@ def _store(tape: Tape) -> None:
 
 
 def _quantize_vectors(tape: Tape, tokens: int) -> None:
-    """Codes and scales of some tokens' vectors, found piece by piece."""
+    """Codes and scales of some tokens' vectors."""
     cache, letters = tape.cache, tape.letters
     heads, head_dim = letters["B"] * letters["N"], letters["D"]
-    groups = head_dim // (cache.group or head_dim)
+    groups = heads * tokens * (head_dim // (cache.group or head_dim))
+    best = _best_scales(tape, groups, heads * head_dim, tokens)
     codes = tape.take("new codes", heads, tokens, head_dim * cache.bits // 8)
-    scales = tape.take("new scales", heads, tokens, groups, HALF)
-    step = piece_tokens(2 * KV_SCALES_TRIED * heads * head_dim)
-    _in_pieces(
-        tape,
-        tokens,
-        step,
-        lambda piece: _quantize_piece(tape, heads * piece * groups, heads * piece * head_dim),
-    )
+    step = piece_tokens(heads * head_dim)
+    _in_pieces(tape, tokens, step, lambda piece: _write_codes(tape, groups // tokens * piece, heads * piece))
+    scales = tape.take("new scales", groups, HALF)
+    tape.drop(best)
     tape.drop(codes, scales)
 
 
-def _quantize_piece(tape: Tape, groups: int, elements: int) -> None:
-    """The scale that loses least of each group, among several; then the codes."""
+def _best_scales(tape: Tape, groups: int, token: int, tokens: int) -> Block | None:
+    """The scale that loses least of each group, among several; `token` is the elements of a token."""
     e, take, drop, tried = tape.element_bytes, tape.take, tape.drop, KV_SCALES_TRIED
     extremes = [take(name, groups, e) for name in ("minima", "maxima", "signs", "peaks")]
     steps = take("steps", tried, FP32)
@@ -376,19 +373,22 @@ def _quantize_piece(tape: Tape, groups: int, elements: int) -> None:
     scales = take("scales in float32", tried, groups, FP32)
     drop(stored)
     drop(wide)
-    inverse = take("inverse scales", tried, groups, FP32)
-    exact = take("vectors in steps", tried, elements, FP32)
+    inverse, errors = take("inverse scales", tried, groups, FP32), take("errors", tried, groups, FP32)
+    longest = min(tokens, piece_tokens(2 * tried * token))
+    drop(take("vectors in steps, and what rounding loses", 2, tried, longest, token, FP32))
     drop(inverse)
-    lost = take("errors of elements", tried, elements, FP32)
-    errors = take("errors of groups", tried, groups, FP32)
     index = take("best of those tried", groups, INT64)
+    drop(errors)
     best = take("best scales", groups, FP32)
-    drop(index)
-    drop(*extremes, steps, scales, exact, lost, errors)
-    inverse = take("inverse scales", groups, FP32)
-    codes = take("codes in float32", elements, FP32)
-    drop(inverse)
-    drop(codes, best)
+    drop(*extremes, steps, scales, index)
+    return best
+
+
+def _write_codes(tape: Tape, groups: int, vectors: int) -> None:
+    inverse = tape.take("inverse scales", groups, FP32)
+    codes = tape.take("codes in float32", vectors, tape.letters["D"], FP32)
+    tape.drop(inverse)
+    tape.drop(codes)
 
 
 def _load(tape: Tape, count: int) -> None:

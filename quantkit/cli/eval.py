@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 )
 @click.option("--stride", type=click.IntRange(1), help="Tokens between windows [default: the window].")
 @click.option("--limit-tokens", type=click.IntRange(2), help="Use only this many tokens of the text.")
-@options.kv_bits
+@click.option(
+    "--kv-bits",
+    type=click.Choice(["16", "8", "4"]),
+    multiple=True,
+    help="Bits of the KV cache; repeatable [default: the dtype's].",
+)
+@click.option(
+    "--kv-group", type=click.IntRange(0), default=0, help="Elements that share a KV scale [default: a head]."
+)
 @options.dtype
 @options.policy
 @click.option(
@@ -42,7 +50,8 @@ def command(
     window: int | None,
     stride: int | None,
     limit_tokens: int | None,
-    kv_bits: int | None,
+    kv_bits: Sequence[str],
+    kv_group: int,
     dtype: str | None,
     include: Sequence[str],
     exclude: Sequence[str],
@@ -65,8 +74,13 @@ def command(
     source = (
         texts.text_file(text) if text else texts.hub_dataset(dataset) if dataset else texts.python_reference()
     )
-    evaluation = run.Evaluation(checkpoint, source, window, stride, limit_tokens, kv_bits, dtype)
-    with options.progress("evaluating", evaluation.n_windows * (1 + len(wanted))) as bar:
+    caches = [int(bits) for bits in dict.fromkeys(kv_bits)]
+    evaluation = run.Evaluation(
+        checkpoint, source, window, stride, limit_tokens, caches or (None,), kv_group, dtype
+    )
+    with options.progress(
+        "evaluating", evaluation.n_windows * (1 + len(wanted)) * len(evaluation.kv_bits)
+    ) as bar:
         results = evaluation.run(wanted, include, exclude, options.as_indivisible(indivisible), bar.update)
     body = evaluation.body(results)
     path = output or Path(f"perplexity-{checkpoint.config.name}.json")
@@ -83,6 +97,7 @@ def _text(evaluation: Evaluation, body: dict[str, Any]) -> str:
     rows = [
         [
             result["scheme"],
+            str(result["kv_bits"]),
             f"{result['perplexity']:.4f} ± {result['standard_error']:.4f}",
             f"{result['difference']:+.4f}",
             f"{result['tokens_per_second']:,.0f}",
@@ -90,10 +105,9 @@ def _text(evaluation: Evaluation, body: dict[str, Any]) -> str:
         ]
         for result in body["results"]
     ]
-    header = ["scheme", "perplexity", "difference", "tokens/s", "weight bytes"]
+    header = ["scheme", "KV bits", "perplexity", "difference", "tokens/s", "weight bytes"]
     about = (
         f"{body['model']} on {protocol['text']}: {protocol['tokens_scored']:,} tokens scored in "
-        f"{protocol['windows']:,} windows of {protocol['window']:,}, computed in {body['dtype']}, "
-        f"KV cache {body['results'][0]['kv_bits']} bits"
+        f"{protocol['windows']:,} windows of {protocol['window']:,}, computed in {body['dtype']}"
     )
     return about + "\n\n" + options.table(header, rows)

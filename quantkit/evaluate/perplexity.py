@@ -87,6 +87,7 @@ def perplexity(
     windows: Windows,
     kv_bits: int | None = None,
     progress: Callable[[int], None] | None = None,
+    kv_group: int = 0,
 ) -> Score:
     """Score a text's ids; `progress` is told how many windows each step finished."""
     cut = windows.cut(ids).to(decoder.device)
@@ -97,7 +98,7 @@ def perplexity(
     first = windows.window - 1  # the first window scores all it can, the others what is new
     for start in range(0, len(cut), per_batch):
         batch = cut[start : start + per_batch]
-        nll = token_nll(decoder, batch, kv_bits)  # (B, window - 1)
+        nll = token_nll(decoder, batch, kv_bits, kv_group)  # (B, window - 1)
         for row in range(len(batch)):
             scored = first if start + row == 0 else min(windows.stride, first)
             sums.append(nll[row, -scored:].double().sum())
@@ -110,9 +111,11 @@ def perplexity(
     return Score(mean, _standard_error(totals, counts, mean), sum(counts), seconds)
 
 
-def token_nll(decoder: Decoder, ids: torch.Tensor, kv_bits: int | None = None) -> torch.Tensor:
+def token_nll(
+    decoder: Decoder, ids: torch.Tensor, kv_bits: int | None = None, kv_group: int = 0
+) -> torch.Tensor:
     """Return the float32 NLL (B, T - 1) of each id given those before it, for ids (B, T)."""
-    cache = decoder.new_cache(ids.shape[0], ids.shape[1], kv_bits)
+    cache = decoder.new_cache(ids.shape[0], ids.shape[1], kv_bits, kv_group)
     states = decoder.forward(ids, cache)[:, :-1]
     step = max(1, _LOGITS_PER_CHUNK // (decoder.config.vocab_size * ids.shape[0]))
     pieces = []

@@ -20,10 +20,11 @@ DEFAULT_WINDOW = 2048
 
 @dataclass(frozen=True)
 class Result:
-    """The score of one precision."""
+    """The score of one precision with one KV cache."""
 
     scheme: str
     kv_bits: int
+    kv_group: int
     weights_bytes: int
     score: Score
 
@@ -37,7 +38,8 @@ class Evaluation:
         window: ids a window holds; None means 2048 or the model's context, whichever is less.
         stride: None means the window.
         limit_tokens: use only the first ids; None means all.
-        kv_bits: bits of the KV cache; None means the compute dtype's.
+        kv_bits: bits of the KV caches that each precision is run with; None means the compute dtype's.
+        kv_group: elements of a head that share a scale of the cache; 0 is the whole head.
         dtype: compute dtype; None means the checkpoint's.
     """
 
@@ -48,10 +50,11 @@ class Evaluation:
         window: int | None = None,
         stride: int | None = None,
         limit_tokens: int | None = None,
-        kv_bits: int | None = None,
+        kv_bits: Sequence[int | None] = (None,),
+        kv_group: int = 0,
         dtype: str | None = None,
     ) -> None:
-        self.checkpoint, self.text, self.kv_bits = checkpoint, text, kv_bits
+        self.checkpoint, self.text, self.kv_bits, self.kv_group = checkpoint, text, kv_bits, kv_group
         self.dtype = dtype or checkpoint.config.dtype
         window = window or min(DEFAULT_WINDOW, checkpoint.config.max_context)
         self.windows = Windows(window, stride or window)
@@ -80,18 +83,22 @@ class Evaluation:
             raise SchemeError(f"{config.name} is quantized already; evaluate it without --scheme")
         plans = [(scheme, plan_weights(config, scheme, include, exclude, indivisible)) for scheme in schemes]
         stored = dict.fromkeys(scheme.name for scheme in self.checkpoint.schemes.values())
-        results = [self._score("+".join(stored) or self.dtype, self.dtype, {}, progress)]
+        results = self._scores("+".join(stored) or self.dtype, self.dtype, {}, progress)
         for scheme, plan in plans:
-            results.append(self._score(scheme.name, scheme.dtype or self.dtype, plan, progress))
+            results += self._scores(scheme.name, scheme.dtype or self.dtype, plan, progress)
         return results
 
-    def _score(
+    def _scores(
         self, name: str, dtype: str, plan: dict[str, QuantScheme], progress: Callable[[int], None] | None
-    ) -> Result:
+    ) -> list[Result]:
         decoder = load(self.checkpoint, dtype, plan)
-        score = perplexity(decoder, self.ids, self.windows, self.kv_bits, progress)
-        bits = decoder.new_cache(1, 1, self.kv_bits).bits
-        return Result(name, bits, decoder.weights_bytes, score)
+        results = []
+        for kv_bits in self.kv_bits:
+            bits = decoder.new_cache(1, 1, kv_bits, self.kv_group).bits
+            score = perplexity(decoder, self.ids, self.windows, kv_bits, progress, self.kv_group)
+            group = self.kv_group if bits < 16 else 0
+            results.append(Result(name, bits, group, decoder.weights_bytes, score))
+        return results
 
     def body(self, results: Sequence[Result]) -> dict[str, Any]:
         """Return the record's body: model, protocol and results."""
@@ -118,6 +125,7 @@ class Evaluation:
                 {
                     "scheme": result.scheme,
                     "kv_bits": result.kv_bits,
+                    "kv_group": result.kv_group,
                     "perplexity": result.score.perplexity,
                     "nll": result.score.nll,
                     "standard_error": result.score.standard_error,

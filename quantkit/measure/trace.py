@@ -80,9 +80,9 @@ class Tracer(TorchDispatchMode):
         self._alive: dict[int, tuple[weakref.ref[Any], int, Block | None]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _writes(func):  # takes nothing, and there are no values to write
+            return kwargs["out"] if kwargs and "out" in kwargs else args[0]
         out = func(*args, **(kwargs or {}))
-        if _writes(func):
-            return out
         for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta":
                 self._see(leaf.untyped_storage())
@@ -110,9 +110,9 @@ class Tracer(TorchDispatchMode):
 
 @cache
 def _writes(func: Any) -> bool:
-    """Whether an operator returns only what it was given to write into."""
+    """Whether an operator returns only the tensor it was given to write into."""
     aliases = [result.alias_info for result in func._schema.returns]
-    return bool(aliases) and all(alias is not None and alias.is_write for alias in aliases)
+    return len(aliases) == 1 and aliases[0] is not None and aliases[0].is_write
 
 
 def trace(

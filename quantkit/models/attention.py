@@ -24,19 +24,26 @@ def choose_path(name: str, device: torch.device, dtype: torch.dtype, head_dim: i
     Raises:
         BackendError: the path is unknown, or cannot run this dtype or head on this device.
     """
-    flash = flash_runs(dtype.itemsize, head_dim)
+    flash = flash_runs(dtype.itemsize, head_dim) and _has_flash(device)
     if name == "auto":
         return "sdpa" if device.type == "cpu" else "flash" if flash else "math"
     if name not in PATHS:
         raise BackendError(f"unknown attention {name!r}; known are auto, {', '.join(PATHS)}")
     if name == "flash" and not flash:
         raise BackendError(
-            f"flash attention runs 16-bit dtypes and heads of up to 256 elements in steps of 8, not {dtype} with "
-            f"heads of {head_dim}: choose math"
+            f"flash attention runs 16-bit dtypes, heads of up to 256 elements in steps of 8 and GPUs from Ampere "
+            f"on, not {dtype} with heads of {head_dim} here: choose math"
         )
     if (name == "flash" and device.type == "cpu") or (name == "sdpa" and device.type != "cpu"):
         raise BackendError(f"attention {name!r} does not run on {device.type}: choose auto")
     return name
+
+
+def _has_flash(device: torch.device) -> bool:
+    """Whether FlashAttention-2 runs on a GPU; one that is not there, as in a trace, is taken to be recent."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class Attention:

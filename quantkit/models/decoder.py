@@ -95,7 +95,7 @@ class Decoder:
         """
         tokens = ids.shape[1]
         cache.check_room(tokens)
-        x = F.embedding(ids, self.embedding)  # (B, T, hidden)
+        x = F.embedding(ids.contiguous(), self.embedding)  # (B, T, hidden); else it would copy them unseen
         cos, sin = self._rope(cache.length, tokens)
         attention = Attention(self.attention, tokens, cache.keys(tokens), cache.window(tokens), self.device)
         for layer, block in enumerate(self.blocks):

@@ -127,17 +127,21 @@ class KVCache:
     def _store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         kept = min(k.shape[2], self.slots)
         start = (self.length + k.shape[2] - kept) % self.slots
-        before_end = min(kept, self.slots - start)
-        for index, vectors in enumerate((k[:, :, -kept:], v[:, :, -kept:])):
-            parts = [(self._slab, vectors)]
-            if self._scales is not None:
-                codes, scales = quantize_vectors(vectors, self.bits, self.group, self._scales.dtype)
-                parts = [(self._slab, codes), (self._scales, scales)]
-            for slab, new in parts:
-                place = slab[layer, index]
-                place[:, :, start : start + before_end] = new[:, :, :before_end]
-                if kept > before_end:
-                    place[:, :, : kept - before_end] = new[:, :, before_end:]
+        for place, vectors in enumerate((k[:, :, -kept:], v[:, :, -kept:])):
+            self._store_vectors(layer, place, vectors, start)
+
+    def _store_vectors(self, layer: int, place: int, vectors: torch.Tensor, start: int) -> None:
+        """Put keys (place 0) or values (1) into the slots from `start` on, and on from the first one."""
+        parts = [(self._slab, vectors)]
+        if self._scales is not None:
+            codes, scales = quantize_vectors(vectors, self.bits, self.group, self._scales.dtype)
+            parts = [(self._slab, codes), (self._scales, scales)]
+        before_end = min(vectors.shape[2], self.slots - start)
+        for slab, new in parts:
+            slots = slab[layer, place]
+            slots[:, :, start : start + before_end] = new[:, :, :before_end]
+            if new.shape[2] > before_end:
+                slots[:, :, : new.shape[2] - before_end] = new[:, :, before_end:]
 
     def _load(self, layer: int, count: int) -> torch.Tensor:
         """Return keys and values (2, B, n_kv_heads, count, head_dim) of a layer in the compute dtype."""

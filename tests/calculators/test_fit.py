@@ -10,6 +10,7 @@ from calculators.fit import (
     decode_ceiling,
     longest,
     smallest_card,
+    spare_bytes,
     verdict,
 )
 from calculators.hardware import GPUS
@@ -41,37 +42,52 @@ def test_the_band_is_rounded_up() -> None:
     assert [band_bytes(needed) for needed in (0, 1, 100, 101)] == [0, 1, 3, 4]
 
 
-@pytest.mark.parametrize("start", [1, 7, 1000, 5000])
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 1000])
-def test_the_longest_is_found(limit: int, start: int) -> None:
+@pytest.mark.parametrize("step", [1, 16, 1000])
+def test_the_longest_is_found(limit: int, step: int) -> None:
     for most in (0, 1, 2, 3, 6, 7, 8, 500, 998, 999, 1000, 5000):
         asked: list[int] = []
 
-        def fits(n: int, most: int = most, asked: list[int] = asked) -> bool:
+        def spare(n: int, most: int = most, asked: list[int] = asked) -> int:
             asked.append(n)
-            return n <= most
+            return (most // step - -(-n // step)) * step if n > most else (most - n) // step
 
-        assert longest(fits, limit, start) == min(most, limit)
-        assert len(asked) == len(set(asked))
+        assert longest(spare, limit) == min(most, limit)
+        assert len(asked) == len(set(asked)) or limit == 1
         assert all(1 <= n <= limit for n in asked)
 
 
-def test_few_are_tried() -> None:
+@pytest.mark.parametrize("size", [1, 10**6, 2**40])
+def test_few_are_tried(size: int) -> None:
+    """A staircase with a kink, as reserved bytes are; and worse, where steps say nothing of the distance."""
     asked: list[int] = []
 
-    def at_most(most: int) -> int:
-        asked.clear()
-        return longest(lambda n: bool(asked.append(n) or n <= most), 2**20)
+    def need(n: int) -> int:
+        asked.append(n)
+        return size * (min(n, 2048) // 2 + n // 16 * 16)
 
-    assert at_most(0) == 0
-    assert len(asked) == 1
-    assert at_most(3) == 3
-    assert len(asked) <= 4
-    assert at_most(100_000) == 100_000
-    assert len(asked) <= 2 * 17 + 1
+    for most in (3, 100, 5000, 32000):
+        memory = need(most)
+        asked.clear()
+        found = longest(lambda n, memory=memory: memory - need(n), 32768)
+        assert need(found) <= memory < need(found + 1)
+        assert len(asked) <= 15 + 5  # bisection would need 17
+    for most in (1, 2, 30000, 32767):
+        asked.clear()
+        assert longest(lambda n, most=most: asked.append(n) or (0 if n <= most else -size), 32768) == most
+        assert len(asked) <= 15 + 5  # bisection would need 17
     asked.clear()
-    assert longest(lambda n: bool(asked.append(n) or True), 32768, start=32768) == 32768
-    assert asked == [32768]
+    assert longest(lambda n: asked.append(n) or size * (20_000 - n), 2**20) == 20_000
+    assert len(asked) <= 10
+    asked.clear()
+    assert longest(lambda n: asked.append(n) or 1, 32768) == 32768
+    assert longest(lambda n: asked.append(n) or -1, 32768) == 0
+    assert asked == [1, 32768, 1]
+
+
+def test_spare_is_what_the_verdict_says() -> None:
+    for memory in range(990, 1050):
+        assert (spare_bytes(1000, memory) >= 0) == (verdict(1000, memory).word == "fits")
 
 
 def test_the_smallest_card_counts_a_tight_fit() -> None:

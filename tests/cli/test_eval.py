@@ -15,7 +15,7 @@ from quantkit.records import read_record
 from tests.paths import shared_data
 
 RESULT_KEYS = {
-    "scheme", "kv_bits", "perplexity", "nll", "standard_error", "tokens_scored", "weights_bytes",
+    "scheme", "kv_bits", "kv_group", "perplexity", "nll", "standard_error", "tokens_scored", "weights_bytes",
     "tokens_per_second", "difference",
 }  # fmt: skip
 
@@ -77,13 +77,34 @@ def test_stride_scores_every_token_once(model: str, text: str, tmp_path: Path) -
 
 
 def test_kv_bits_are_used_and_said(model: str, text: str, tmp_path: Path) -> None:
-    common = ["--text", text, "--limit-tokens", "2048", "--json", "-o", tmp_path / "record.json"]
-    plain, quantized = (
-        json.loads(run("eval", model, *common, *bits).stdout)["results"][0]
-        for bits in ([], ["--kv-bits", "4"])
+    bits = ["--kv-bits", "16", "--kv-bits", "8", "--kv-bits", "4", "--kv-group", "4"]
+    result = run(
+        "eval",
+        model,
+        "--text",
+        text,
+        "--limit-tokens",
+        "2048",
+        *bits,
+        "--json",
+        "-o",
+        tmp_path / "record.json",
     )
-    assert quantized["kv_bits"] == 4
-    assert quantized["nll"] > plain["nll"]
+    plain, finer, coarser = json.loads(result.stdout)["results"]
+    assert [(found["kv_bits"], found["kv_group"]) for found in (plain, finer, coarser)] == [
+        (16, 0),
+        (8, 4),
+        (4, 4),
+    ]
+    assert abs(finer["nll"] - plain["nll"]) < 0.01 < coarser["nll"] - plain["nll"]
+
+
+def test_a_kv_group_that_does_not_divide_the_head_is_refused(model: str, text: str, tmp_path: Path) -> None:
+    result = run(
+        "eval", model, "--text", text, "--kv-bits", "4", "--kv-group", "3", "-o", tmp_path / "r.json"
+    )
+    assert result.exit_code == 1
+    assert "KV group of 3 does not divide a head of 8" in str(result.exception)
 
 
 def test_the_default_text_is_pythons_own(model: str, tmp_path: Path) -> None:
