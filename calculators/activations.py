@@ -25,7 +25,7 @@ BOOL = 1
 HALF = 2
 
 PIECE_ELEMENTS = 1 << 22  # a matrix, or a layer's cache, is dequantized so many elements at a time
-KV_SCALES_TRIED = 8  # scales that are tried for each group of a quantized key or value
+KV_SCALES_TRIED = 8  # for each group of a quantized key or value
 _ZEROS_PER_WORD = 8
 _NF4_TABLE_BYTES = 256 * 2 * FP32  # both values of each byte
 _NESTED_TABLE_BYTES = 256 * FP32
@@ -55,6 +55,9 @@ def fixtures(tape: Tape, cache_parts: Sequence[int]) -> None:
     if tape.converts:
         vectors = 2, letters["B"], letters["N"], tape.slots
         tape.take("one layer's keys and values", *vectors, letters["D"], tape.element_bytes)
+    if tape.cache.bits < 16:
+        for name in ("queries' rotation", "keys' rotation"):
+            tape.new(name, "D D", tape.element_bytes)
     tape.take("token ids", letters["B"], tape.cache.max_tokens, INT64)
 
 
@@ -184,6 +187,9 @@ def _attention(tape: Tape, layer: Layer, length: int) -> Block | None:
     k = _rotate(tape, _linear(tape, layer.k, "keys", "B T N D"), "N")
     v = _linear(tape, layer.v, "values", "B T N D")
     tape.drop(h)
+    if tape.cache.bits < 16:
+        q = _replaced(tape, q, "rotated queries", "B T A D")
+        k = _replaced(tape, k, "rotated keys", "B T N D")
     joined = _extend(tape, length)
     viewed = tape.rolls and length == 0 and tape.letters["T"] > 1  # these keys are attended to as they are
     if not viewed:
@@ -206,6 +212,12 @@ def _rotate(tape: Tape, x: Block | None, heads: str) -> Block | None:
     tape.drop(negated)
     tape.drop(swapped)
     return x
+
+
+def _replaced(tape: Tape, old: Block | None, name: str, shape: str) -> Block | None:
+    new = tape.new(name, shape, tape.element_bytes)
+    tape.drop(old)
+    return new
 
 
 def _flash(tape: Tape) -> Block | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
+from functools import cache
 
 from calculators.units import GIB, MIB
 
@@ -163,16 +163,18 @@ def find_gpu(name: str) -> GPU:
     Raises:
         ValueError: several have that name, or none has; one line with the candidates or the nearest.
     """
-    key = _key(name)
-    if key in _BY_KEY:
-        return _BY_KEY[key]
-    starting = {gpu.name for known, gpu in _BY_KEY.items() if key and known.startswith(key)}
+    from difflib import get_close_matches  # late: an estimate that names no GPU does without
+
+    key, by_key = _key(name), _by_key()
+    if key in by_key:
+        return by_key[key]
+    starting = {gpu.name for known, gpu in by_key.items() if key and known.startswith(key)}
     if len(starting) > 1:
         listed = ", ".join(gpu.name for gpu in GPUS if gpu.name in starting)
         raise ValueError(f"{name!r} is more than one GPU: name one of {listed}")
-    close = get_close_matches(key, _BY_KEY, n=len(_BY_KEY), cutoff=0.5)
+    close = get_close_matches(key, by_key, n=len(by_key), cutoff=0.5)
     close.sort(key=lambda known: not known.startswith(key[:4]))  # the series tells more than what follows it
-    nearest = list(dict.fromkeys([*starting, *(_BY_KEY[known].name for known in close)]))[:3]
+    nearest = list(dict.fromkeys([*starting, *(by_key[known].name for known in close)]))[:3]
     hint = f"the nearest are {', '.join(nearest)}" if nearest else "give the size of its memory instead"
     raise ValueError(f"no GPU {name!r} is known: {hint}")
 
@@ -189,7 +191,9 @@ def _keys(gpu: GPU) -> set[str]:
     return keys | {f"{key}{gpu.sold_gb}gb" for key in keys if "gb" not in key}
 
 
-_BY_KEY = {key: gpu for gpu in GPUS for key in _keys(gpu)}
+@cache
+def _by_key() -> dict[str, GPU]:
+    return {key: gpu for gpu in GPUS for key in _keys(gpu)}
 
 
 @dataclass(frozen=True)
@@ -216,11 +220,6 @@ CUBLAS_WORKSPACE = Overhead(
     33_554_432,
     "assumed",
     "cuBLAS workspace 32 MiB (PyTorch's CublasHandlePool.cpp on sm_90; 8,519,680 B on older cards)",
-)
-ASSUMED_OVERHEAD = Overhead(
-    CUDA_CONTEXT.nbytes + CUBLAS_WORKSPACE.nbytes,
-    "assumed",
-    f"{CUDA_CONTEXT.source} + {CUBLAS_WORKSPACE.source}",
 )
 
 

@@ -82,6 +82,11 @@ def play(weights: Sequence[int], model: Model, layout: KVLayout, run: Run) -> Pe
     return Peaks(peaks.peak_requested, peaks.peak_allocated, peaks.peak_reserved, loaded)
 
 
+def loaded_bytes(weights: Sequence[int], expandable_segments: bool = False) -> int:
+    """Return what is allocated once the weights are loaded: loading needs no more than they do."""
+    return _loaded(tuple(weights), expandable_segments).allocated
+
+
 def at_peak(weights: Sequence[int], model: Model, layout: KVLayout, run: Run) -> tuple[Term, ...]:
     """Return what is alive beside the weights when the most is; the arguments are those of `play`."""
     tape = _tape(NotedTape, weights, model, layout, run)

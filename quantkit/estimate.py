@@ -10,7 +10,7 @@ from math import prod
 from calculators.activations import flash_runs
 from calculators.hardware import ASSUMED_PLATFORM, Platform
 from calculators.kv_cache import KVLayout, cached_tokens, kv_cache_bytes
-from calculators.peak import Peaks, Run, at_peak, play
+from calculators.peak import Peaks, Run, at_peak, loaded_bytes, play
 from calculators.tape import Layer, Matrix, Model
 from calculators.weights import Packing, matrix_bytes, packing_formula, plain_bytes
 from quantkit.config import DTYPE_BITS, ModelConfig
@@ -168,6 +168,11 @@ class Estimator:
             self.weights = (weights_bytes,)  # how a file splits them is not known here
         self.weights_bytes = sum(self.weights)
         self.model = decoder_model(config, scheme, self.plan, platform.attention)
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Allocated once the weights are loaded, which is also the most while they are."""
+        return loaded_bytes(self.weights, self.platform.expandable_segments)
 
     def estimate(self, workload: Workload) -> MemoryEstimate:
         """Return what a workload takes."""

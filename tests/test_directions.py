@@ -18,6 +18,8 @@ LIGHT = (
     "quantkit.records", "quantkit.errors", "quantkit.presets", "quantkit.formats.huggingface",
     "quantkit.formats.gguf", "quantkit.cli.main", "quantkit.cli.estimate", "quantkit.cli.inspect",
     "quantkit.cli.quantize", "quantkit.cli.eval", "quantkit.cli.generate", "quantkit.cli.report",
+    "quantkit.cli.fit", "quantkit.cli.machine", "quantkit.cli.measure", "quantkit.fit", "quantkit.shard",
+    "quantkit.calibration", "quantkit.formats.hub",
 )  # fmt: skip
 HEAVY = ("torch", "numpy", "pandas", "matplotlib", "gguf", "tokenizers", "transformers", "bitsandbytes")
 

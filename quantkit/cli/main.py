@@ -1,6 +1,7 @@
 """The `quantkit` command: finds subcommands late, and turns what goes wrong into one line and a code.
 
-Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted, 143 terminated.
+Exit codes: 0 done, 1 an error, 2 wrong usage, 3 `estimate --check` found what does not fit, 130
+interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import click
 from quantkit import __version__
 from quantkit.errors import QuantkitError
 
-COMMANDS = ("estimate", "inspect", "quantize", "eval", "generate", "report")
+COMMANDS = ("estimate", "fit", "inspect", "quantize", "eval", "generate", "measure", "report")
 INTERRUPTED, TERMINATED = 130, 143
 
 

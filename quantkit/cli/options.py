@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -24,9 +25,17 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+# More are refused as a slip of the pen.
+MOST_TOKENS = 1 << 24
+MOST_SEQUENCES = 1 << 16
+MOST_BYTES = 1 << 50
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
 
 class TokensParam(click.ParamType):
-    """A count of tokens: `4096`, or `4k` for 4 x 1024."""
+    """A count of tokens: `4096`, or `4k` for 4 x 1024; at most `MOST_TOKENS`."""
 
     name = "tokens"
 
@@ -35,9 +44,12 @@ class TokensParam(click.ParamType):
         if isinstance(value, int):
             return value
         try:
-            return parse_tokens(value)
+            tokens = parse_tokens(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+        if tokens > MOST_TOKENS:
+            self.fail(f"{value} is more than {MOST_TOKENS:,} tokens, the most that is computed", param, ctx)
+        return tokens
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ class Size:
 
 
 class SizeParam(click.ParamType):
-    """A size with its unit, such as `24GiB`."""
+    """A size with its unit, such as `24GiB`; at most `MOST_BYTES`."""
 
     name = "size"
 
@@ -59,12 +71,20 @@ class SizeParam(click.ParamType):
         if isinstance(value, Size):
             return value
         try:
-            return Size(parse_size(value), value, is_decimal_unit(value))
+            size = Size(parse_size(value), value, is_decimal_unit(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+        except OverflowError:
+            size = Size(MOST_BYTES + 1, value, False)
+        if size.nbytes > MOST_BYTES:
+            self.fail(
+                f"{value} is more than {MOST_BYTES // 2**30:,} GiB, the most that is computed", param, ctx
+            )
+        return size
 
 
 TOKENS, SIZE = TokensParam(), SizeParam()
+SEQUENCES = click.IntRange(1, MOST_SEQUENCES)
 
 schemes = click.option(
     "--scheme", "schemes", multiple=True, metavar="NAME", help="A precision by name, such as nf4; repeatable."
@@ -140,19 +160,26 @@ class Subject:
 
 
 def find_model(name: str) -> Subject:
-    """Return the preset, directory or .gguf file that MODEL names; weights are not read.
+    """Return the preset, directory, .gguf file or model on the Hub that MODEL names; weights are not read.
 
     Raises:
-        ConfigError: neither a preset nor a path, or an incomplete configuration.
-        CheckpointError: broken weights.
+        ConfigError: none of them, or an incomplete configuration.
+        CheckpointError: broken weights, or a model that cannot be had from the Hub.
     """
     if name.lower() in PRESETS:
         return Subject(PRESETS[name.lower()])
     path = Path(name)
+    if not path.exists() and HUB_ID.fullmatch(name) and path.suffix != ".gguf":
+        from quantkit.formats.hub import open_hub
+
+        config, on_hub = open_hub(name)
+        if on_hub is None:
+            warn(f"{name} has no safetensors on the Hub: its shapes are those of config.json, unchecked")
+        return Subject(config, on_hub)
     if not path.exists():
         raise ConfigError(
             f"unknown model {name!r}: presets are {', '.join(PRESETS)}; or name a directory with "
-            "config.json, or a .gguf file"
+            "config.json, a .gguf file, or a model on the Hugging Face Hub as owner/name"
         )
     from quantkit.formats.checkpoint import open_checkpoint
 

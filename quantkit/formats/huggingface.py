@@ -51,8 +51,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._files = _open_shards(path)
         self._where = {name: file for file in self._files for name in file.entries}
         entries = {name: file.entries[name] for name, file in self._where.items()}
-        self._groups = _quantization(self.raw_config, str(path / "config.json"))
-        self.config = _with_stored_dtype(config, entries)
+        self._groups = quantization_of(self.raw_config, str(path / "config.json"))
+        self.config = with_stored_dtype(config, entries)
         self.schemes = {}
         self.stored_bytes = 0
         for spec in self.config.tensors:
@@ -162,7 +162,7 @@ def _open_shard(path: Path, index_path: Path) -> SafetensorsFile:
     return SafetensorsFile(path)
 
 
-def _quantization(raw_config: Mapping[str, Any], where: str) -> compressed_tensors.Groups | None:
+def quantization_of(raw_config: Mapping[str, Any], where: str) -> compressed_tensors.Groups | None:
     """Return the config groups of compressed-tensors, None otherwise; refuse other methods by name."""
     config = json_object(raw_config, "quantization_config", where)
     if not config:
@@ -178,7 +178,7 @@ def _quantization(raw_config: Mapping[str, Any], where: str) -> compressed_tenso
     )
 
 
-def _with_stored_dtype(config: ModelConfig, entries: Mapping[str, Entry]) -> ModelConfig:
+def with_stored_dtype(config: ModelConfig, entries: Mapping[str, Entry]) -> ModelConfig:
     """Return the config with the dtype the embedding is stored in, which configs at times misstate."""
     entry = entries.get("model.embed_tokens.weight")
     if entry is None or entry.dtype not in FLOAT_DTYPES:

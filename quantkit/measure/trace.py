@@ -51,7 +51,8 @@ class Traced:
         activations_bytes: all else at its largest, as requested, cuBLAS's workspace not counted.
         allocated_bytes: peak of `torch.cuda.memory_allocated`.
         reserved_bytes: peak of `torch.cuda.memory_reserved`.
-        load_reserved_bytes: reserved once the weights are loaded.
+        load_allocated_bytes: allocated once the weights are loaded.
+        load_reserved_bytes: reserved then.
         events: every request and release, in order.
     """
 
@@ -60,6 +61,7 @@ class Traced:
     activations_bytes: int
     allocated_bytes: int
     reserved_bytes: int
+    load_allocated_bytes: int
     load_reserved_bytes: int
     events: Sequence[Event] = field(repr=False)
 
@@ -141,7 +143,7 @@ def trace(
     forget_tables()  # those that an earlier trace made are not this one's
     with torch.inference_mode(), Tracer(platform) as tracer:
         decoder = build(config, scheme, plan, attention_path(config, scheme, platform.attention), "meta")
-        loaded = tracer.allocator.reserved
+        loaded = tracer.allocator.allocated, tracer.allocator.reserved
         cache = decoder.new_cache(workload.batch, workload.context, workload.kv_bits, workload.kv_group)
         ids = torch.zeros(workload.batch, workload.context, dtype=torch.int64, device="meta")
         run(decoder, ids, cache, workload.prefill_chunk, sampled)
@@ -153,7 +155,8 @@ def trace(
         activations_bytes=allocator.peak_requested - held,
         allocated_bytes=allocator.peak_allocated,
         reserved_bytes=allocator.peak_reserved,
-        load_reserved_bytes=loaded,
+        load_allocated_bytes=loaded[0],
+        load_reserved_bytes=loaded[1],
         events=tuple(tracer.events),
     )
 

@@ -131,6 +131,9 @@ class Decoder:
         k = rotate(block.k(h).view(heads), cos, sin)  # (B, T, n_kv_heads, head_dim)
         v = block.v(h).view(heads)
         del h
+        if cache.hadamard is not None:  # q . k stays as it is, and the keys' outliers are spread
+            q = q @ cache.hadamard[0]
+            k = k @ cache.hadamard[1]
         keys, values = cache.extend(layer, k, v)  # (B, n_kv_heads, S, head_dim)
         del k, v
         out = attention(q, keys, values)  # (B, T, n_heads * head_dim)

@@ -14,7 +14,7 @@ from calculators.activations import piece_tokens
 from calculators.kv_cache import check_group
 from quantkit.config import ModelConfig
 from quantkit.errors import QuantkitError
-from quantkit.quantize.vectors import dequantize_vectors, quantize_vectors
+from quantkit.quantize.vectors import dequantize_vectors, head_rotation, quantize_vectors
 
 
 class KVCache:
@@ -28,6 +28,10 @@ class KVCache:
         bits: 32, 16, 8 or 4 bits an element; None stores the compute dtype.
         device: where the slab lies.
         group: elements of a head that share a scale; 0 is the whole head.
+
+    Attributes:
+        hadamard: what queries and keys are multiplied by before they come here, each (head_dim, head_dim);
+            None where the cache is not quantized.
 
     Raises:
         QuantkitError: the group does not divide the head.
@@ -64,6 +68,7 @@ class KVCache:
         self._scratch: torch.Tensor | None = None
         if stored != dtype:
             self._scratch = torch.empty(*shape, head_dim, dtype=dtype, device=device)
+        self.hadamard = head_rotation(head_dim, dtype, device) if self.bits < 16 else None
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +97,7 @@ class KVCache:
 
         Args:
             layer: index of the decoder layer.
-            k: (B, T, n_kv_heads, head_dim), rotated already.
+            k: (B, T, n_kv_heads, head_dim), with RoPE, and multiplied by `hadamard[1]` where there is one.
             v: likewise.
 
         Returns:

@@ -22,6 +22,7 @@ def load(
     dtype: str | None = None,
     plan: Mapping[str, QuantScheme] | None = None,
     device: torch.device | str = "cpu",
+    attention: str = "auto",
 ) -> Decoder:
     """Return a model ready to run.
 
@@ -31,6 +32,7 @@ def load(
         plan: matrices to quantize in memory, as `plan_weights` gives them. The other tensors then
             take the checkpoint's dtype first, so that this model is the one `quantkit quantize` writes.
         device: where the weights go.
+        attention: as Decoder has it.
 
     Raises:
         CheckpointError: a weight is NaN or infinite, or `plan` meets a model that is quantized already.
@@ -50,7 +52,7 @@ def load(
         else:
             kept = weight.to(stored) if plan else weight
             weights[spec.name] = kept.to(device, compute)
-    return Decoder(checkpoint.config, weights, compute)
+    return Decoder(checkpoint.config, weights, compute, attention)
 
 
 def read_finite(checkpoint: Checkpoint, spec: TensorSpec) -> torch.Tensor | QuantizedTensor:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import torch
 
-from calculators.activations import piece_tokens
+from calculators.activations import KV_SCALES_TRIED, piece_tokens
 
-CANDIDATES = 8
-# The furthest element is CANDIDATES different numbers of steps from zero. With int8 each brings the others
+# The furthest element is KV_SCALES_TRIED different numbers of steps from zero. With int8 each brings the others
 # elsewhere between two codes, which pays most for short vectors; the few largest would cut off more than
 # rounding loses. With int4, cutting off (more than 8 steps) and wider steps pay in turn.
 _MOST_STEPS = {8: 128.0, 4: 9.5}
@@ -66,22 +65,22 @@ def _best_scales(groups: torch.Tensor, bits: int, scale_dtype: torch.dtype) -> t
     limits = torch.finfo(scale_dtype)
     # Down to float16's subnormals: a quiet vector, as attention sinks have, keeps its resolution.
     least = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
-    numbers = torch.arange(CANDIDATES, dtype=torch.float32, device=groups.device)
+    numbers = torch.arange(KV_SCALES_TRIED, dtype=torch.float32, device=groups.device)
     steps = numbers.mul_(-_STEPS_APART[bits]).add_(_MOST_STEPS[bits])
     scales = (peak / steps.view(-1, *(1,) * groups.ndim)).clamp_(least, limits.max)
-    scales = scales.to(scale_dtype).float().copysign_(away)  # (CANDIDATES, ..., T, G, 1)
+    scales = scales.to(scale_dtype).float().copysign_(away)  # (KV_SCALES_TRIED, ..., T, G, 1)
     best = _errors(groups, scales, bits).argmin(dim=0, keepdim=True)
     return scales.gather(0, best)[0].add_(peak.mul_(0))  # adds 0, or NaN where the group is not finite
 
 
 def _errors(groups: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the root of the squared error of each group under each of scales (CANDIDATES, ..., T, G, 1)."""
+    """Return the root of the squared error of each group under each of scales (KV_SCALES_TRIED, ..., T, G, 1)."""
     inverse, errors = scales.reciprocal(), torch.empty_like(scales)
-    pieces = _pieces(groups, 2 * CANDIDATES)
+    pieces = _pieces(groups, 2 * KV_SCALES_TRIED)
     *others, _, n_groups, group = groups.shape
     longest = pieces[0].stop if pieces else 0
     exact, lost = torch.empty(
-        2, CANDIDATES, *others, longest, n_groups, group, device=groups.device, dtype=torch.float32
+        2, KV_SCALES_TRIED, *others, longest, n_groups, group, device=groups.device, dtype=torch.float32
     )
     for at in pieces:
         length = at.stop - at.start
@@ -112,3 +111,23 @@ def _pieces(groups: torch.Tensor, copies: int) -> list[slice]:
     elements = copies * (groups.numel() // max(1, tokens))
     step = piece_tokens(max(1, elements))
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+
+
+def head_rotation(
+    head_dim: int, dtype: torch.dtype, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return Q and K, each (head_dim, head_dim), such that (q @ Q) . (k @ K) = q . k for every q and k.
+
+    Both are Hadamard matrices, as QuaRot rotates keys with (https://arxiv.org/abs/2404.00456): an element
+    that stands out in every key is spread over all, and what a scale for the whole head loses shrinks. A
+    head that is no power of two is rotated in blocks of its greatest power of two. Entries are 0 or
+    powers of two, hence exact: where the order's root is irrational, Q is twice K.
+    """
+    order = head_dim & -head_dim
+    block = torch.ones(1, 1)
+    while block.shape[0] < order:
+        block = torch.cat((torch.cat((block, block), dim=1), torch.cat((block, -block), dim=1)))
+    rotation = torch.block_diag(*[block] * (head_dim // order))
+    doublings = order.bit_length() - 1
+    queries, keys = rotation * 0.5 ** (doublings // 2), rotation * 0.5 ** (doublings - doublings // 2)
+    return queries.to(device, dtype), keys.to(device, dtype)

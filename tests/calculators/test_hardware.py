@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from calculators.fit import smallest_card, verdict
-from calculators.hardware import ASSUMED_OVERHEAD, ASSUMED_PLATFORM, GPUS, find_gpu, platform_of
+from calculators.hardware import ASSUMED_PLATFORM, GPUS, find_gpu, platform_of
 from calculators.units import GIB, MIB
 
 FAMILIES = {"volta": 7, "turing": 7, "ampere": 8, "ada": 8, "hopper": 9}
@@ -106,11 +106,12 @@ def test_a_name_like_none_asks_for_the_memory(written: str) -> None:
         find_gpu(written)
 
 
-def test_the_overhead_says_where_it_comes_from() -> None:
-    assert ASSUMED_OVERHEAD.nbytes == 536_870_912 + LARGE
-    assert ASSUMED_OVERHEAD.status == "assumed"
-    assert "H100" in ASSUMED_OVERHEAD.source
-    assert "cuBLAS" in ASSUMED_OVERHEAD.source
+def test_what_is_assumed_says_where_it_comes_from() -> None:
+    context, workspace = ASSUMED_PLATFORM.context, ASSUMED_PLATFORM.workspace
+    assert (context.nbytes, workspace.nbytes) == (536_870_912, LARGE)
+    assert context.status == workspace.status == "assumed"
+    assert "H100" in context.source
+    assert "cuBLAS" in workspace.source
 
 
 def test_no_card_gives_what_is_assumed() -> None:

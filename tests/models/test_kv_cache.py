@@ -25,19 +25,19 @@ def test_estimated_bytes_equal_the_caches(bits: int, window: int | None, batch: 
     assert cache.nbytes == kv_cache_bytes(layout, 17, batch, window)
 
 
-@pytest.mark.parametrize(("bits", "steps"), [(8, 127), (4, 7)])
+# half of the widest step that is tried; int4 may also cut off 1.5 of 9.5 steps
+@pytest.mark.parametrize(("bits", "bound"), [(8, 1 / 128), (4, 2.5 / 9.5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_quantized_values_come_back_within_half_a_step(bits: int, steps: int, dtype: torch.dtype) -> None:
+def test_quantized_values_come_back_within_their_bound(bits: int, bound: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     cache = KVCache(CONFIG, 1, 9, dtype, bits)
     k, v = (torch.randn(1, 9, CONFIG.n_kv_heads, CONFIG.head_dim).to(dtype) for _ in range(2))
     for given, loaded in zip((k, v), cache.extend(0, k, v), strict=True):
         stored = given.transpose(1, 2)
         absmax = stored.abs().amax(-1, keepdim=True).float()
-        # half a step, and what rounding the scale and the result to 8 bits of mantissa adds
-        bound = absmax * (0.5 / steps + 2 * 2.0**-8)
         assert loaded.dtype == dtype
-        assert ((loaded.float() - stored.float()).abs() <= bound).all()
+        # what rounding the result to 8 bits of mantissa adds
+        assert ((loaded.float() - stored.float()).abs() <= absmax * (bound + 2 * 2.0**-8)).all()
 
 
 def test_zeros_stay_zeros() -> None:
