@@ -25,6 +25,7 @@ BOOL = 1
 HALF = 2
 
 PIECE_ELEMENTS = 1 << 22  # a matrix, or a layer's cache, is dequantized so many elements at a time
+SCORE_ELEMENTS = 1 << 24  # plain attention holds so many scores at a time
 KV_SCALES_TRIED = 8  # for each group of a quantized key or value
 _ZEROS_PER_WORD = 8
 _NF4_TABLE_BYTES = 256 * 2 * FP32  # both values of each byte
@@ -39,6 +40,11 @@ def piece_rows(cols: int) -> int:
 def piece_tokens(elements: int) -> int:
     """Return the cached tokens that are dequantized at once, each of `elements` in one layer."""
     return max(1, PIECE_ELEMENTS // elements)
+
+
+def score_rows(heads: int, keys: int) -> int:
+    """Return the queries whose plain attention scores are held at once; `heads` is of all sequences."""
+    return max(1, SCORE_ELEMENTS // (heads * keys))
 
 
 def flash_runs(element_bytes: int, head_dim: int) -> bool:
@@ -112,7 +118,6 @@ def forward(tape: Tape, tokens: int, length: int) -> Block | None:
     x = tape.new("residual", "B T H", e)
     tape.drop(ids)
     rope = _rope(tape)
-    hidden = _hidden(tape, length) if model.attention == "math" and tokens > 1 else None
     settled: Layer | None = None
     for layer in model.layers:
         if layer is not settled:
@@ -122,7 +127,7 @@ def forward(tape: Tape, tokens: int, length: int) -> Block | None:
             # a layer that found all it needs in what is reserved leaves all as it was: so would its like
             settled = layer if tape.allocator.reserved == before else None
     states = _rms_norm(tape, "final states")
-    tape.drop(x, *rope, hidden)
+    tape.drop(x, *rope)
     return states
 
 
@@ -152,19 +157,6 @@ def _rope(tape: Tape) -> tuple[Block | None, ...]:
         tables.append(table)
     drop(positions, angles)
     return tuple(tables)
-
-
-def _hidden(tape: Tape, length: int) -> Block | None:
-    """The mask of plain attention, and what it is made from."""
-    new, drop = tape.new, tape.drop
-    columns, rows = new("key positions", "S", INT64), new("query positions", "T", INT64)
-    mask = new("mask", "T S", BOOL)
-    if tape.rolls:
-        first = new("first visible keys", "T", INT64)
-        outside = new("keys outside the window", "T S", BOOL)
-        drop(first, outside)
-    drop(columns, rows)
-    return mask
 
 
 def _rms_norm(tape: Tape, name: str = "normed states") -> Block | None:
@@ -229,34 +221,52 @@ def _flash(tape: Tape) -> Block | None:
 
 
 def _math(tape: Tape, strided: bool) -> Block | None:
-    """Scores in full, in the compute dtype, then float32; `strided` keys and values are copied first."""
-    e, new, drop, letters = tape.element_bytes, tape.new, tape.drop, tape.letters
+    """Plain scores, some queries at a time; `strided` keys and values of several sequences are copied first."""
+    e, letters = tape.element_bytes, tape.letters
+    copied = strided and letters["B"] > 1 and letters["N"] > 1
+    keys = tape.new("keys by head", "B S N D", e) if copied else None
+    values = tape.new("values by head", "B S N D", e) if copied else None
+    out = tape.new("attention", "B T A D", e)
+    rows = score_rows(letters["B"] * letters["A"], letters["S"])
+    _in_pieces(tape, letters["T"], rows, lambda queries: _math_rows(tape, queries))
+    tape.drop(keys, values)
+    return out
+
+
+def _math_rows(tape: Tape, queries: int) -> None:
+    e, take, drop, letters = tape.element_bytes, tape.take, tape.drop, tape.letters
+    shape = letters["B"], letters["A"], queries, letters["S"]
+    vectors = letters["B"], letters["A"], queries, letters["D"]
     many, batched = letters["T"] > 1, letters["B"] > 1
-    copied = strided and batched and letters["N"] > 1
     grouped = None
-    if many and (letters["A"] > letters["N"] or (batched and letters["N"] > 1)):
-        grouped = new("queries by group", "B T A D", e)
-    keys = new("keys by head", "B S N D", e) if copied else None
-    scores = new("scores", "B A T S", e)
+    if (queries > 1 and letters["A"] > letters["N"]) or (many and batched and letters["N"] > 1):
+        grouped = take("queries by group", *vectors, e)
+    scores = take("scores", *shape, e)
     tape.workspace()
-    drop(keys)
     if e < FP32:
-        narrow, scores = scores, new("float32 scores", "B A T S", FP32)
+        narrow, scores = scores, take("float32 scores", *shape, FP32)
         drop(narrow)
     drop(grouped)
-    wide, probabilities = scores, new("softmax", "B A T S", FP32)
+    if many:
+        _hidden(tape, queries)
+    wide, probabilities = scores, take("softmax", *shape, FP32)
     if e < FP32:
-        exact, probabilities = probabilities, new("probabilities", "B A T S", e)
+        exact, probabilities = probabilities, take("probabilities", *shape, e)
         drop(exact)
     drop(wide)
-    values = new("values by head", "B S N D", e) if copied else None
-    out = new("attention by head", "B T A D", e)
-    drop(values)
+    drop(take("attention by head", *vectors, e))
     drop(probabilities)
-    if many and letters["A"] > 1:
-        by_head, out = out, new("attention", "B T A D", e)
-        drop(by_head)
-    return out
+
+
+def _hidden(tape: Tape, queries: int) -> None:
+    """The mask of some queries, and what it is made from."""
+    take, keys = tape.take, tape.letters["S"]
+    columns, rows = take("key positions", keys, INT64), take("query positions", queries, INT64)
+    mask = take("mask", queries, keys, BOOL)
+    if tape.rolls:
+        first = take("first visible keys", queries, INT64)
+        tape.drop(first, take("keys outside the window", queries, keys, BOOL))
+    tape.drop(columns, rows, mask)
 
 
 def _ffn(tape: Tape, layer: Layer) -> Block | None:

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from calculators.allocator import LARGE_SEGMENT
 from calculators.hardware import ASSUMED_PLATFORM
 from calculators.weights import matrix_bytes
 from quantkit.config import ModelConfig
@@ -183,7 +182,7 @@ def test_more_context_or_batch_never_takes_less(config: ModelConfig, scheme: str
                 assert sizes == sorted(sizes)
             # holes in the allocator's segments come and go: PyTorch's rules, held to in test_allocator
             for less, more in itertools.pairwise(entry.total_bytes for entry in line):
-                assert more >= less - LARGE_SEGMENT
+                assert more >= 0.99 * less
 
 
 @pytest.mark.parametrize("config", PRESETS.values(), ids=lambda c: c.name)

@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from calculators.activations import flash_runs
+from calculators.activations import flash_runs, score_rows
 from quantkit.errors import BackendError
 
 PATHS = ("flash", "math", "sdpa")
@@ -47,7 +47,7 @@ def _has_flash(device: torch.device) -> bool:
 
 
 class Attention:
-    """Attention of T queries to S keys, with the mask that its path needs.
+    """Attention of T queries to S keys, with the mask that PyTorch's CPU kernel needs.
 
     Args:
         path: one of PATHS.
@@ -59,9 +59,9 @@ class Attention:
 
     def __init__(self, path: str, tokens: int, keys: int, window: int | None, device: torch.device) -> None:
         self._path, self._window = path, window
-        needed = path == "math" or (path == "sdpa" and (keys > tokens or window is not None))
-        self._hidden = _hidden(tokens, keys, window, device) if needed and tokens > 1 else None
-        self._visible = ~self._hidden if path == "sdpa" and self._hidden is not None else None
+        self._visible: torch.Tensor | None = None
+        if path == "sdpa" and tokens > 1 and (keys > tokens or window is not None):
+            self._visible = ~_hidden(keys - tokens, tokens, keys, window, device)
 
     def __call__(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Return softmax(q K^T / sqrt(head_dim)) V as (B, T, n_heads * head_dim).
@@ -74,14 +74,14 @@ class Attention:
         if self._path == "flash":
             return _flash(q, keys, values, self._window)
         if self._path == "math":
-            return _math(q, keys, values, self._hidden)
+            return _math(q, keys, values, self._window)
         return _sdpa(q, keys, values, self._visible)
 
 
-def _hidden(tokens: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Return which keys each query may not see: bool (T, S)."""
+def _hidden(first: int, tokens: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Return which keys the queries at positions from `first` on may not see: bool (T, S)."""
     columns = torch.arange(keys, device=device)
-    rows = torch.arange(keys - tokens, keys, device=device)[:, None]
+    rows = torch.arange(first, first + tokens, device=device)[:, None]
     hidden = columns > rows
     if window is not None:
         hidden |= columns <= rows - window
@@ -100,23 +100,45 @@ def _flash(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: in
     return out.flatten(2)
 
 
-def _math(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor | None
-) -> torch.Tensor:
-    """Scores in full, scaled and normalised in float32; the heads of a group stand in for queries."""
+def _math(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Plain scores, for so many queries at a time that they stay small."""
+    batch, tokens, n_heads, _ = q.shape
+    count = keys.shape[2]
+    by_head = keys.flatten(0, 1).mT, values.flatten(0, 1)  # (B * n_kv_heads, head_dim, S) and its like
+    out = torch.empty_like(q)
+    step = score_rows(batch * n_heads, count)
+    for start in range(0, tokens, step):
+        rows = slice(start, min(start + step, tokens))
+        visible_from = None if tokens == 1 else count - tokens + start
+        _math_rows(out[:, rows], q[:, rows], *by_head, visible_from, window)
+    return out.flatten(2)
+
+
+def _math_rows(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    first: int | None,
+    window: int | None,
+) -> None:
+    """Write the attention of queries at positions from `first` on; None is one that sees every key.
+
+    Scores are scaled and normalised in float32; the heads of a group stand in for queries.
+    """
     batch, tokens, n_heads, head_dim = q.shape
-    n_kv_heads, count = keys.shape[1:3]
-    groups = n_heads // n_kv_heads
-    grouped = q.view(batch, tokens, n_kv_heads, groups, head_dim).permute(0, 2, 3, 1, 4)
-    grouped = grouped.reshape(batch * n_kv_heads, groups * tokens, head_dim)
-    scores = torch.bmm(grouped, keys.flatten(0, 1).mT).float().mul_(1 / math.sqrt(head_dim))
+    n_kv_heads, count = keys.shape[0] // batch, keys.shape[2]
+    by_group = batch, tokens, n_kv_heads, n_heads // n_kv_heads, head_dim
+    grouped = q.view(by_group).permute(0, 2, 3, 1, 4).reshape(batch * n_kv_heads, -1, head_dim)
+    scores = torch.bmm(grouped, keys).float().mul_(1 / math.sqrt(head_dim))  # (B * n_kv_heads, G * T, S)
     del grouped
-    if hidden is not None:
-        scores.view(-1, groups, tokens, count).masked_fill_(hidden, -math.inf)
+    if first is not None:
+        hidden = _hidden(first, tokens, count, window, q.device)
+        scores.view(-1, n_heads // n_kv_heads, tokens, count).masked_fill_(hidden, -math.inf)
+        del hidden
     scores = torch.softmax(scores, dim=-1).to(q.dtype)
-    out = torch.bmm(scores, values.flatten(0, 1)).view(batch, n_kv_heads, groups, tokens, head_dim)
-    del scores
-    return out.permute(0, 3, 1, 2, 4).reshape(batch, tokens, n_heads * head_dim)
+    part = torch.bmm(scores, values).view(batch, n_kv_heads, -1, tokens, head_dim)
+    out.view(by_group).copy_(part.permute(0, 3, 1, 2, 4))
 
 
 def _sdpa(
