@@ -28,7 +28,7 @@ format: $(VENV)/.dev
 
 # the tests that take minutes or gigabytes, beside the default suite
 verify: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu"
 
 # remakes what is committed under reports/
 reports: $(VENV)/.runtime
