@@ -91,23 +91,30 @@ def command(
         return
     if grid or quick:
         chosen = grids.full_grid() if grid else grids.quick_grid()
+        chosen = [cell for cell in chosen if not schemes or cell.scheme in schemes]
     else:
         bits = [int(one) for one in kv_bits] or list(grids.KV_BITS)
         chosen = grids.product_of(schemes, contexts, bits, batches, chunks, kv_group)
+    if not chosen:
+        raise SchemeError(f"none of {', '.join(schemes)} is in that grid: {', '.join(grids.SCHEMES)} are")
     grids.check(config, chosen)
-    body = (
-        _trace(config, chosen, attention)
-        if traced
-        else _measure(
-            config, _model_name(model, subject), chosen, own_processes, attention, calibrate, verdicts
-        )
-    )
+    if traced:
+        body = _trace(config, chosen, attention)
+    else:
+        every = [*chosen, *grids.repeats(chosen, own_processes)]
+        memories = [size.nbytes for size in verdicts]
+        body = _measure(config, _model_name(model, subject), every, attention, calibrate, memories, output)
+    _write(output, body)
     if output:
-        from quantkit.records import new_record, write_record
-
-        write_record(output, new_record("measure", body))
         click.echo(f"record: {output}", err=True)
     click.echo(_text(body))
+
+
+def _write(path: Path | None, body: dict[str, Any]) -> None:
+    if path:
+        from quantkit.records import new_record, write_record
+
+        write_record(path, new_record("measure", body))
 
 
 def _model_name(model: str, subject: options.Subject) -> str:
@@ -119,31 +126,40 @@ def _measure(
     config: ModelConfig,
     model: str,
     cells: Sequence[Cell],
-    own_processes: int,
     attention: str,
     calibrate: bool,
-    sizes: Sequence[options.Size],
+    memories: Sequence[int],
+    output: Path | None,
 ) -> dict[str, Any]:
+    """Run every cell, and write what there is after each process: a long run may be cut short."""
     from quantkit.measure import cells as grids
     from quantkit.measure import cuda
 
-    every = [*cells, *grids.repeats(cells, own_processes)]
-    with options.progress("measuring", len(every)) as bar:
-        found = cuda.measure(config, grids.jobs(model, every, attention), bar.update)
+    def body(found: Measurement) -> dict[str, Any]:
+        made = _body(config, found.device, found.rows, found.failures)
+        made["method"] = {
+            "device_bytes": found.method,
+            "weights": "random" if model == config.name else model,
+            **_path(found.attention),
+            "chunks": "all",
+        }
+        return made
+
+    with options.progress("measuring", len(cells)) as bar:
+        found = cuda.measure(
+            config,
+            grids.jobs(model, cells, attention),
+            bar.update,
+            save=lambda part: _write(output, body(part)),
+        )
     if calibrate:
         click.echo(f"calibration: {_calibrate(found)}", err=True)
-    body = _body(config, found.device, found.rows, found.failures)
-    body["method"] = {
-        "device_bytes": found.method,
-        "weights": "random" if model == config.name else model,
-        **_path(found.attention),
-        "chunks": "all",
-    }
-    if sizes:
+    complete = body(found)
+    if memories:
         schemes = list(dict.fromkeys(cell.scheme for cell in cells))
-        memories = [size.nbytes for size in sizes]
-        body["verdicts"] = cuda.verdicts(config, model, schemes, memories, attention)
-    return body
+        known = cuda.platform(found.device)
+        complete["verdicts"] = cuda.verdicts(config, model, schemes, memories, attention, known)
+    return complete
 
 
 def _trace(config: ModelConfig, cells: Sequence[Cell], attention: str) -> dict[str, Any]:

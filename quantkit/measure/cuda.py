@@ -86,8 +86,16 @@ def measure(
     jobs: Sequence[Mapping[str, Any]],
     progress: Callable[[int], None],
     start: Launch = launch,
+    save: Callable[[Measurement], None] | None = None,
 ) -> Measurement:
     """Run jobs one after another; a process that dies fails its own cells and no other.
+
+    Args:
+        config: the model.
+        jobs: as `cells.jobs` makes them.
+        progress: is told how many cells have ended.
+        start: runs one job and yields its results.
+        save: is given what there is after each job.
 
     Raises:
         BackendError: the first process cannot use the device at all.
@@ -118,15 +126,9 @@ def measure(
         beside = estimated(config, (cells[number] for number in measured), platform(found.device))
         pairs = zip(measured.items(), beside, strict=True)
         found.rows += [joined(cells[number], sizes, estimate) for (number, sizes), estimate in pairs]
+        if save:
+            save(found)
     return found
-
-
-def _here() -> Platform:
-    """Return what is known of this machine's first GPU, by the name PyTorch has for it."""
-    import torch
-
-    name = torch.cuda.get_device_properties(0).name if torch.cuda.is_available() else ""
-    return platform({"name": name, "torch": torch.__version__})
 
 
 def platform(device: Mapping[str, Any]) -> Platform:
@@ -144,6 +146,7 @@ def verdicts(
     schemes: Sequence[str],
     memories: Sequence[int],
     attention: str,
+    known: Platform,
     start: Launch = launch,
     holding: Callable[[int], AbstractContextManager[None]] = holding_all_but,
 ) -> list[dict[str, Any]]:
@@ -157,7 +160,7 @@ def verdicts(
     """
     rows = []
     for memory, scheme in product(memories, schemes):
-        for context, expected in _trials(config, scheme, memory, _here()):
+        for context, expected in _trials(config, scheme, memory, known):
             cell = Cell(scheme, 16, context, own_process=True)
             [job] = jobs(model, [cell], attention)
             with holding(memory):

@@ -56,15 +56,18 @@ class CudaDevice:
         except ImportError:
             raise BackendError("measuring needs NVML: pip install nvidia-ml-py") from None
         self._nvml = pynvml
-        pynvml.nvmlInit()
-        before = {handle: self._used(handle) for handle in self._handles()}
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError as error:
+            raise BackendError(
+                f"NVML does not answer ({error}): is the driver's libnvidia-ml.so here?"
+            ) from None
+        before = {self._uuid(handle): self._used(handle) for handle in self._handles()}
         self.torch_device = torch.device("cuda", 0)
         torch.cuda.init()
         torch.cuda.synchronize(self.torch_device)  # makes the context
         self._handle = self._find()
-        self._before = next(
-            used for handle, used in before.items() if self._uuid(handle) == self._uuid(self._handle)
-        )
+        self._before = before[self._uuid(self._handle)]
         self.method = BY_PROCESS if self._own_bytes() is not None else WHOLE_CARD
 
     def describe(self) -> dict[str, Any]:

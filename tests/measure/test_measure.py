@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ import torch
 from click.testing import CliRunner
 
 from calculators.allocator import ROUND
+from calculators.hardware import ASSUMED_PLATFORM
 from quantkit.cli.main import cli
 from quantkit.errors import BackendError, QuantkitError
 from quantkit.measure import cuda, worker
@@ -30,6 +34,7 @@ from quantkit.measure.cells import (
     quick_grid,
     repeats,
 )
+from quantkit.measure.device import BY_PROCESS, WHOLE_CARD, CudaDevice
 from quantkit.measure.events import first_difference, from_snapshot
 from quantkit.measure.trace import Event, trace
 from quantkit.presets import PRESETS
@@ -180,7 +185,7 @@ def test_verdicts_try_what_fits_and_what_does_not(scheme: str) -> None:
 
     config = PRESETS["mistral-7b-instruct-v0.2"]
     sizes = [8 << 30, 24 << 30]
-    rows = cuda.verdicts(config, config.name, [scheme], sizes, "flash", trying, holding)
+    rows = cuda.verdicts(config, config.name, [scheme], sizes, "flash", ASSUMED_PLATFORM, trying, holding)
     assert set(held) == set(sizes)
     expected = {"int4-g128": ["fits", "no"] * 2, "bf16": ["no", "fits", "no"]}[
         scheme
@@ -265,7 +270,7 @@ def test_a_traced_record_is_the_estimate(tmp_path: Path) -> None:
 
 
 def run_pretended(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
-    monkeypatch.setattr(cuda.measure, "__defaults__", (start,))
+    monkeypatch.setattr(cuda.measure, "__defaults__", (start, None))
     result = CliRunner().invoke(cli, ["measure", "tiny", *map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
@@ -324,9 +329,60 @@ def test_a_broken_calibration_is_named(content: str) -> None:
         (["--trace", "--kv-bits", "8", "--kv-group", "7"], 1, "KV group of 7 does not divide"),
         (["--context", "0"], 2, "no count of tokens"),
         (["--events", "x.json"], 1, "no CUDA GPU"),
+        (["--grid", "--scheme", "fp32"], 1, "none of fp32 is in that grid"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], code: int, message: str) -> None:
     result = CliRunner().invoke(cli, ["measure", "tiny", *arguments])
     assert result.exit_code == code
     assert message in (result.output if code == 2 else str(result.exception))
+
+
+class NVML:
+    """What `CudaDevice` asks of pynvml, for two GPUs in another order than CUDA's."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, listed: dict[int, int | None]) -> None:
+        self.listed, self.used = listed, {"A": 10, "B": 100}
+
+    def nvmlInit(self) -> None:
+        pass
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> list[str]:
+        return ["AB"[index]]  # a list: handles cannot be hashed
+
+    def nvmlDeviceGetUUID(self, handle: list[str]) -> str:
+        return f"GPU-{handle[0]}"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: list[str]) -> SimpleNamespace:
+        return SimpleNamespace(used=self.used[handle[0]])
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: list[str]) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in self.listed.items()]
+
+
+@pytest.mark.parametrize(
+    ("listed", "method", "size"),
+    [
+        ({os.getpid(): 77, 1: 5}, BY_PROCESS, 77),
+        ({1: 77}, WHOLE_CARD, 400),
+        ({os.getpid(): None}, WHOLE_CARD, 400),
+    ],
+    ids=["listed", "hidden", "without size"],
+)
+def test_a_processs_bytes_are_nvmls_or_the_cards_change(
+    listed: dict[int, int | None], method: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml = NVML(listed)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: nvml.used.update(B=500))  # the context
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="B"))
+    device = CudaDevice()
+    assert (device.method, device.process_bytes()) == (method, size)
