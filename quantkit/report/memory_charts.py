@@ -20,6 +20,7 @@ from quantkit.report.style import (
     GREEN,
     INK,
     ORANGE,
+    PURPLE,
     footnote,
     look,
     new_figure,
@@ -29,7 +30,9 @@ from quantkit.report.style import (
 from quantkit.report.tables import COMPONENT_TITLES
 
 CARDS_GIB = (8, 12, 16, 24, 48, 80)
-COMPONENT_COLORS = {"weights": BLUE, "kv_cache": ORANGE, "activations": GREEN, "overhead": "#BBBBBB"}
+COMPONENT_COLORS = {
+    "weights": BLUE, "kv_cache": ORANGE, "activations": GREEN, "allocator": PURPLE, "overhead": "#BBBBBB",
+}  # fmt: skip
 
 _LEFT, _BOTTOM = 0.6, 0.8  # margins in inches: of both charts, as their axes' names and small print need
 _CHARACTER = 0.065  # inches that a character of a tick's name takes
@@ -66,7 +69,7 @@ def memory_panels(run: EstimateRun) -> Figure:
         *panels[0, 0].get_legend_handles_labels(),
         loc="upper left",
         bbox_to_anchor=(0.47 / width, 1 - 0.5 / height),
-        ncols=4,
+        ncols=5,
         frameon=False,
         columnspacing=1.4,
         handlelength=1.2,

@@ -13,9 +13,10 @@ from calculators.units import GIB, format_bytes
 from quantkit.errors import OutputError
 from quantkit.records import write_text
 from quantkit.report import tables
+from quantkit.report.measured_charts import error_map, predicted_against_measured
 from quantkit.report.memory_charts import memory_panels, memory_totals
 from quantkit.report.perplexity_chart import perplexity_by_size
-from quantkit.report.runs import EstimateRun, PerplexityRun, Run, Source, display_name, read_run
+from quantkit.report.runs import EstimateRun, MeasureRun, PerplexityRun, Run, Source, display_name, read_run
 from quantkit.report.style import png
 
 PAGE = "report.md"
@@ -39,7 +40,7 @@ def build_report(record_paths: Sequence[Path], out: Path) -> list[Path]:
     stems: set[str] = {PAGE.removesuffix(".md")}
     for run in runs:
         stem = _stem(run, stems)
-        made, section = _estimate(run, stem) if isinstance(run, EstimateRun) else _perplexity(run, stem)
+        made, section = _section(run, stem)
         files |= made
         sections.append(section.rstrip("\n") + "\n\n" + _provenance(run.source, out))
     count = "one record" if len(runs) == 1 else f"{len(runs)} records"
@@ -52,6 +53,13 @@ def build_report(record_paths: Sequence[Path], out: Path) -> list[Path]:
         else:
             write_text(out / name, content)
     return [out / name for name in files]
+
+
+def _section(run: Run, stem: str) -> tuple[Files, str]:
+    """Return the files and the page's section of one run."""
+    if isinstance(run, EstimateRun):
+        return _estimate(run, stem)
+    return _measured(run, stem) if isinstance(run, MeasureRun) else _perplexity(run, stem)
 
 
 def _estimate(run: EstimateRun, stem: str) -> tuple[Files, str]:
@@ -120,6 +128,38 @@ def _perplexity(run: PerplexityRun, stem: str) -> tuple[Files, str]:
     return files, "\n".join([f"## {heading}", _facts(facts), caption, table, image, link])
 
 
+def _measured(run: MeasureRun, stem: str) -> tuple[Files, str]:
+    """Return the files and the page's section of a measured, or traced, run."""
+    name = _inline(display_name(run.model))
+    kind = "Traced" if run.traced else "Measured"
+    scatter = f"{stem}-predicted.png"
+    files: Files = {
+        f"{stem}.csv": tables.csv(tables.measured(run)),
+        scatter: png(predicted_against_measured(run)),
+    }
+    facts = {"model": run.model, "parameters": f"{run.parameters:,}", "device": run.where, **run.method}
+    section = [
+        f"## {kind} memory: {name}\n",
+        _facts(facts),
+        f"Errors of the estimate, as shares of the {kind.lower()} value:\n",
+        tables.errors_markdown(run),
+        f"![Estimated against {kind.lower()}, a panel for each quantity: {name}]({scatter})\n",
+    ]
+    for quantity in run.quantities:
+        title = quantity.removesuffix("_bytes")
+        files[f"{stem}-error-{title}.png"] = png(error_map(run, quantity))
+        section.append(f"![Error over precision and context, {title}: {name}]({stem}-error-{title}.png)\n")
+    repeats = tables.repeats_markdown(run)
+    if repeats:
+        section += ["In a process of its own, less in one where others ran before, in bytes:\n", repeats]
+    if run.failures:
+        section.append(
+            "Cells that did not run:\n\n" + "".join(f"- {_inline(text)}\n" for text in run.failures)
+        )
+    section.append(f"Every cell in bytes: [{stem}.csv]({stem}.csv).\n")
+    return files, "\n".join(section)
+
+
 def _facts(facts: Mapping[str, Any]) -> str:
     return "".join(
         f"- {_inline(key.replace('_', ' '))}: {_inline(_said(value))}\n" for key, value in facts.items()
@@ -155,7 +195,8 @@ def _provenance(source: Source, out: Path) -> str:
 
 def _stem(run: Run, taken: set[str]) -> str:
     """Return the start of a run's file names, which no other run has, and note it as taken."""
-    kind = "estimate" if isinstance(run, EstimateRun) else "perplexity"
+    kinds = {EstimateRun: "estimate", PerplexityRun: "perplexity", MeasureRun: "measured"}
+    kind = "traced" if isinstance(run, MeasureRun) and run.traced else kinds[type(run)]
     model = re.sub(r"[^a-z0-9.]+", "-", display_name(run.model).lower()).strip("-.") or "model"
     base = stem = f"{model}-{kind}"
     number = 1

@@ -7,16 +7,17 @@ of the wrong type are refused by name, keys that are not known here are kept whe
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
 from quantkit.errors import RecordError
 from quantkit.records import read_record
+from quantkit.report.fields import Fields
 
-COMPONENTS = ("weights", "kv_cache", "activations", "overhead")
+QUANTITIES = ("allocated_bytes", "reserved_bytes", "device_bytes", "other_bytes")
+COMPONENTS = ("weights", "kv_cache", "activations", "allocator", "overhead")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Estimate:
     weights_bytes: int
     kv_cache_bytes: int
     activations_bytes: int
+    allocator_bytes: int
     overhead_bytes: int
     total_bytes: int
 
@@ -136,7 +138,52 @@ class PerplexityRun:
         return f"{result.scheme}, KV {result.kv_bits}" if varied else result.scheme
 
 
-Run = EstimateRun | PerplexityRun
+@dataclass(frozen=True)
+class MeasuredCell:
+    """One run of a record of kind `measure`: bytes by name, measured (or traced) and estimated alike."""
+
+    scheme: str
+    kv_bits: int
+    context: int
+    batch: int
+    prefill_chunk: int
+    held_out: bool
+    own_process: bool
+    measured: Mapping[str, int]
+    estimated: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class MeasureRun:
+    """A record of kind `measure`; `device` is empty where the runs were traced without a GPU."""
+
+    source: Source
+    model: str
+    parameters: int
+    device: Mapping[str, Any]
+    method: Mapping[str, Any]
+    cells: tuple[MeasuredCell, ...]
+    failures: tuple[str, ...]
+
+    @property
+    def traced(self) -> bool:
+        """Whether the runs were followed without a GPU: then nothing of them was measured."""
+        return not self.device
+
+    @property
+    def where(self) -> str:
+        """The device, its driver and PyTorch, in words."""
+        if self.traced:
+            return "traced, without a GPU"
+        return f"{self.device['name']}, driver {self.device['driver']}, torch {self.device['torch']}"
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        """Which of QUANTITIES every cell has."""
+        return tuple(name for name in QUANTITIES if all(name in cell.measured for cell in self.cells))
+
+
+Run = EstimateRun | PerplexityRun | MeasureRun
 
 
 def display_name(model: str) -> str:
@@ -145,19 +192,21 @@ def display_name(model: str) -> str:
 
 
 def read_run(path: Path) -> Run:
-    """Read and check one record.
+    """Read and check one record of any kind.
 
     Raises:
         RecordError: the file is no record, or its body lacks a key or has one of a wrong type.
     """
     record = read_record(path)
-    header = _Fields(path, "", record.__dict__)
+    header = Fields(path, "", record.__dict__)
     source = Source(path, header.text("created"), header.text("quantkit"), header.mapping("environment"))
-    body = _Fields(path, "body.", header.mapping("body"))
-    return _estimate_run(source, body) if record.kind == "estimate" else _perplexity_run(source, body)
+    body = Fields(path, "body.", header.mapping("body"))
+    if record.kind == "estimate":
+        return _estimate_run(source, body)
+    return _perplexity_run(source, body) if record.kind == "perplexity" else _measure_run(source, body)
 
 
-def _estimate_run(source: Source, body: _Fields) -> EstimateRun:
+def _estimate_run(source: Source, body: Fields) -> EstimateRun:
     assumptions = body.fields("assumptions")
     overhead = assumptions.fields("overhead")
     roles = body.fields("parameters_by_role")
@@ -181,9 +230,12 @@ def _estimate_run(source: Source, body: _Fields) -> EstimateRun:
     )
 
 
-def _estimate(fields: _Fields) -> Estimate:
-    names = [name for name in Estimate.__dataclass_fields__ if name != "scheme"]
-    estimate = Estimate(fields.text("scheme"), **{name: fields.integer(name) for name in names})
+def _estimate(fields: Fields) -> Estimate:
+    names = [name for name in Estimate.__dataclass_fields__ if name not in ("scheme", "allocator_bytes")]
+    # the records of 0.1.0's first days did not know the allocator
+    allocator = fields.integer("allocator_bytes") if "allocator_bytes" in fields.value else 0
+    sizes = {name: fields.integer(name) for name in names}
+    estimate = Estimate(fields.text("scheme"), allocator_bytes=allocator, **sizes)
     parts = sum(estimate.component(name) for name in COMPONENTS)
     if parts != estimate.total_bytes:
         raise RecordError(
@@ -193,7 +245,7 @@ def _estimate(fields: _Fields) -> Estimate:
     return estimate
 
 
-def _perplexity_run(source: Source, body: _Fields) -> PerplexityRun:
+def _perplexity_run(source: Source, body: Fields) -> PerplexityRun:
     protocol = body.fields("protocol")
     known = ("text", "sha256", "window", "stride", "tokens_scored")
     results = tuple(_result(fields) for fields in body.rows("results"))
@@ -215,7 +267,7 @@ def _perplexity_run(source: Source, body: _Fields) -> PerplexityRun:
     )
 
 
-def _result(fields: _Fields) -> Result:
+def _result(fields: Fields) -> Result:
     return Result(
         scheme=fields.text("scheme"),
         kv_bits=fields.integer("kv_bits"),
@@ -229,57 +281,38 @@ def _result(fields: _Fields) -> Result:
     )
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """A JSON object of a record, read key by key; `where` leads to it, with a trailing dot."""
+def _measure_run(source: Source, body: Fields) -> MeasureRun:
+    device = body.get("device")
+    if device is not None:
+        fields = body.fields("device")
+        device = {**fields.value, **{key: fields.text(key) for key in ("name", "driver", "torch")}}
+    cells = tuple(_measured_cell(fields) for fields in body.rows("cells"))
+    return MeasureRun(
+        source=source,
+        model=body.text("model"),
+        parameters=body.integer("parameters"),
+        device=device or {},
+        method=body.mapping("method"),
+        cells=cells,
+        failures=tuple(_failure(fields) for fields in body.rows("failures")) if body.get("failures") else (),
+    )
 
-    path: Path
-    where: str
-    value: Mapping[str, Any]
 
-    def get(self, key: str) -> Any:
-        if key not in self.value:
-            raise RecordError(f"{self.path} lacks {self.where}{key}")
-        return self.value[key]
+def _measured_cell(fields: Fields) -> MeasuredCell:
+    measured, estimated = fields.fields("measured"), fields.fields("estimated")
+    return MeasuredCell(
+        scheme=fields.text("scheme"),
+        kv_bits=fields.integer("kv_bits", least=1),
+        context=fields.integer("context", least=1),
+        batch=fields.integer("batch", least=1),
+        prefill_chunk=fields.integer("prefill_chunk", least=1),
+        held_out=bool(fields.get("held_out")),
+        own_process=bool(fields.get("own_process")),
+        measured={name: measured.integer(name, least=1) for name in measured.value},
+        estimated={name: estimated.integer(name, least=1) for name in measured.value},
+    )
 
-    def text(self, key: str) -> str:
-        value = self.get(key)
-        return value if isinstance(value, str) and value else self._refuse(key, value, "a text")
 
-    def integer(self, key: str, least: int = 0) -> int:
-        value = self.get(key)
-        fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        return int(value) if fits else self._refuse(key, value, f"a whole number from {least}")
-
-    def number(self, key: str) -> float:
-        value = self.get(key)
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return float(value) if fits else self._refuse(key, value, "a finite number")
-
-    def number_or_none(self, key: str) -> float | None:
-        value = self.get(key)
-        unknown = value is None or (isinstance(value, float) and math.isnan(value))
-        return None if unknown else self.number(key)
-
-    def mapping(self, key: str) -> Mapping[str, Any]:
-        value = self.get(key)
-        return value if isinstance(value, dict) else self._refuse(key, value, "an object")
-
-    def fields(self, key: str) -> _Fields:
-        return _Fields(self.path, f"{self.where}{key}.", self.mapping(key))
-
-    def rows(self, key: str) -> Iterator[_Fields]:
-        rows = self.get(key)
-        if not isinstance(rows, list) or not rows:
-            self._refuse(key, rows, "a list that is not empty")
-        for index, row in enumerate(rows):
-            name = f"{self.where}{key}[{index}]"
-            if not isinstance(row, dict):
-                raise RecordError(f"{self.path}: {name} is {row!r}, no object")
-            yield _Fields(self.path, f"{name}.", row)
-
-    def others(self, known: Sequence[str]) -> dict[str, Any]:
-        return {key: value for key, value in self.value.items() if key not in known}
-
-    def _refuse(self, key: str, value: Any, allowed: str) -> Any:
-        raise RecordError(f"{self.path}: {self.where}{key} is {value!r}; it must be {allowed}")
+def _failure(fields: Fields) -> str:
+    size = f"{fields.integer('context'):,} tokens, batch {fields.integer('batch')}"
+    return f"{fields.text('scheme')}, {size}, KV {fields.integer('kv_bits')} bits: {fields.text('error')}"

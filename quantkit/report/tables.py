@@ -6,17 +6,27 @@ CSV holds what a program reads (bytes, unrounded numbers), Markdown what a perso
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import pandas as pd
 
 from calculators.units import format_bytes, format_gib, format_tokens
-from quantkit.report.runs import COMPONENTS, Estimate, EstimateRun, PerplexityRun, Result
+from quantkit.report.errors import BARS, errors
+from quantkit.report.runs import (
+    COMPONENTS,
+    Estimate,
+    EstimateRun,
+    MeasureRun,
+    PerplexityRun,
+    Result,
+)
 
 MISSING = "–"
 COMPONENT_TITLES = {
     "weights": "weights",
     "kv_cache": "KV cache",
     "activations": "activations",
+    "allocator": "allocator",
     "overhead": "overhead",
 }
 
@@ -84,6 +94,60 @@ def perplexities_markdown(run: PerplexityRun) -> str:
         for index, result in enumerate(run.results)
     ]
     return markdown(header, rows)
+
+
+def measured(run: MeasureRun) -> pd.DataFrame:
+    """Return one row a cell and quantity: bytes found and estimated, and the error as a share."""
+    names = ["scheme", "kv_bits", "context", "batch", "prefill_chunk", "held_out", "own_process"]
+    rows = [
+        [*(getattr(cell, name) for name in names), quantity, found, cell.estimated[quantity]]
+        for cell in run.cells
+        for quantity, found in cell.measured.items()
+    ]
+    frame = pd.DataFrame(rows, columns=[*names, "quantity", "found_bytes", "estimated_bytes"])
+    frame["error"] = frame["estimated_bytes"] / frame["found_bytes"] - 1
+    return frame
+
+
+def errors_markdown(run: MeasureRun) -> str:
+    """Return the error of each quantity, powers of two and held-out contexts apart."""
+    header = ["quantity", "contexts", "cells", "mean absolute", "largest", "mean signed", "bar", "missed"]
+    rows = []
+    for quantity in run.quantities:
+        for held_out, name in ((False, "powers of two"), (True, "held out")):
+            pairs = [
+                (cell.measured[quantity], cell.estimated[quantity])
+                for cell in run.cells
+                if cell.held_out == held_out
+            ]
+            found = errors(quantity, pairs)
+            if found:
+                shares = (found.mean_absolute, found.largest, found.mean_signed)
+                mean, largest, signed = (f"{share:+.3%}" for share in shares)
+                bar = f"{BARS[quantity]:.0%}" + (" or 16 MiB" if quantity == "other_bytes" else "")
+                title = quantity.removesuffix("_bytes")
+                rows.append(
+                    [title, name, str(found.cells), mean.lstrip("+"), largest, signed, bar, str(found.missed)]
+                )
+    return markdown(header, rows)
+
+
+def repeats_markdown(run: MeasureRun) -> str:
+    """Return cells that ran in a process of their own beside the same in company; empty where there is none."""
+    rows = []
+    key = attrgetter("scheme", "kv_bits", "context", "batch", "prefill_chunk")
+    in_company = {key(cell): cell for cell in run.cells if not cell.own_process}
+    for alone in (cell for cell in run.cells if cell.own_process and key(cell) in in_company):
+        other = in_company[key(alone)]
+        sizes = [
+            f"{alone.measured[name] - other.measured[name]:+,}"
+            for name in run.quantities
+            if name in other.measured
+        ]
+        where = [alone.scheme, str(alone.kv_bits), format_tokens(alone.context), str(alone.batch)]
+        rows.append([*where, *sizes])
+    names = [name.removesuffix("_bytes") for name in run.quantities]
+    return markdown(["scheme", "KV bits", "context", "batch", *names], rows) if rows else ""
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
