@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import groupby
 
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
@@ -123,23 +122,23 @@ def error_map(run: MeasureRun, quantity: str) -> Figure:
 
 
 def _settings(cells: Sequence[MeasuredCell]) -> list[tuple[str, list[MeasuredCell]]]:
-    """Return the cells by cache, batch and chunk, each with its name; repeats in a process of their own last."""
-
-    def key(cell: MeasuredCell) -> tuple[int, int, int]:
-        return -cell.kv_bits, cell.batch, cell.prefill_chunk
-
-    found = []
-    for (kv_bits, batch, chunk), alike in groupby(sorted(cells, key=key), key):
+    """Return the cells by cache, batch and chunk, the most cells first; of a cell that ran twice the first run."""
+    first: dict[tuple[object, ...], MeasuredCell] = {}
+    for cell in sorted(cells, key=lambda cell: cell.own_process):
+        first.setdefault((cell.scheme, cell.kv_bits, cell.context, cell.batch, cell.prefill_chunk), cell)
+    found: dict[str, list[MeasuredCell]] = {}
+    for cell in first.values():
+        chunk = cell.prefill_chunk
         size = "whole prompt at once" if chunk >= 1 << 20 else f"chunks of {chunk:,}"
-        found.append((f"KV {-kv_bits} bits, batch {batch}, {size}", list(alike)))
-    return found
+        found.setdefault(f"KV {cell.kv_bits} bits, batch {cell.batch}, {size}", []).append(cell)
+    return sorted(found.items(), key=lambda setting: -len(setting[1]))
 
 
 def _map(axes: Axes, cells: Sequence[MeasuredCell], quantity: str, norm: TwoSlopeNorm) -> None:
     schemes = list(dict.fromkeys(cell.scheme for cell in cells))
     contexts = sorted({cell.context for cell in cells})
     grid = [[math.nan] * len(contexts) for _ in schemes]
-    for cell in sorted(cells, key=lambda cell: not cell.own_process):
+    for cell in cells:
         x, y = contexts.index(cell.context), schemes.index(cell.scheme)
         grid[y][x] = _error(cell, quantity)
         if misses(quantity, cell.measured[quantity], cell.estimated[quantity]):

@@ -98,7 +98,7 @@ def test_panels_stack_the_records_bytes(estimates: EstimateRun) -> None:
     assert "GiB" in figure.axes[0].get_ylabel()
     assert "mistral-7b-instruct-v0.2" in figure.texts[0].get_text()
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == ["weights", "KV cache", "activations", "overhead (assumed)"]
+    assert legend == ["weights", "KV cache", "activations", "allocator", "overhead (assumed)"]
 
 
 def test_panels_share_an_axis_and_mark_the_cards_in_range(estimates: EstimateRun) -> None:
