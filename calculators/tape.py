@@ -6,12 +6,18 @@ D head_dim, V vocabulary. A shape is written as its letters: "B T H".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from calculators.allocator import Block, CachingAllocator
 from calculators.weights import Packing
+
+FP32 = 4  # bytes
+INT32 = 4
+INT64 = 8  # of token ids and positions
+BOOL = 1
+HALF = 2
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,16 @@ class Tape:
     def workspace(self) -> None:
         """Take cuBLAS's workspace with the first matrix product."""
         self.keep("cuBLAS workspace", self._workspace_bytes)
+
+    def in_pieces(self, total: int, step: int, play: Callable[[int], None]) -> None:
+        """Play `total` in steps, with a shorter last one; whole steps only until one needs nothing new."""
+        for _ in range(total // step):
+            before = self.allocator.reserved
+            play(step)
+            if self.allocator.reserved == before:
+                break
+        if total % step:
+            play(total % step)
 
 
 class Term(NamedTuple):

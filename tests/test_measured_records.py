@@ -28,7 +28,9 @@ def test_a_record_is_what_is_estimated_now(path: Path, monkeypatch: pytest.Monke
     known: Platform = platform(body["device"])
     cells = [Cell(**{name: row[name] for name in FIELDS}) for row in body["cells"]]
     missed = []
-    for cell, row, now in zip(cells, body["cells"], estimated(PRESETS[body["model"]], cells, known), strict=True):
+    for cell, row, now in zip(
+        cells, body["cells"], estimated(PRESETS[body["model"]], cells, known), strict=True
+    ):
         for quantity in BARS:
             found = row["measured"][quantity]
             if misses(quantity, found, now[quantity]):

@@ -1,7 +1,7 @@
 """The oracle: dequantize a matrix, then multiply. Plain torch on any device.
 
 A matrix is dequantized in pieces, so that beside the result little else is ever alive.
-`calculators/activations.py` lists these tensors in this order: change them together.
+`calculators/linear.py` lists these tensors in this order: change them together.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from calculators.activations import PIECE_ELEMENTS, piece_rows
+from calculators.linear import PIECE_ELEMENTS, piece_rows
 from quantkit.quantize.nf4 import NF4_CODEBOOK, dequantize_scales, dynamic_map_on
 from quantkit.quantize.packing import unpack_zeros
 from quantkit.tensor import QuantizedTensor

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from calculators.activations import piece_tokens
+from calculators.caching import piece_tokens
 from calculators.kv_cache import check_group
 from quantkit.config import ModelConfig
 from quantkit.errors import QuantkitError

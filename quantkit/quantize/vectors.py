@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from calculators.activations import KV_SCALES_TRIED, piece_tokens
+from calculators.caching import KV_SCALES_TRIED, piece_tokens
 
 # The furthest element is KV_SCALES_TRIED different numbers of steps from zero. With int8 each brings the others
 # elsewhere between two codes, which pays most for short vectors; the few largest would cut off more than

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from calculators.activations import flash_runs, piece_rows, piece_tokens
+from calculators.activations import flash_runs
+from calculators.caching import piece_tokens
 from calculators.kv_cache import KVLayout
+from calculators.linear import piece_rows
 from calculators.peak import Run, at_peak, chunks, play
 from calculators.tape import Layer, Matrix, Model
 from calculators.units import MIB
