@@ -18,6 +18,7 @@ def piece_tokens(elements: int) -> int:
 
 
 def attended(tape: Tape, tokens: int, length: int) -> int:
+    """Return S, the keys that the next `tokens` attend to after `length` cached ones."""
     if tape.rolls and tokens == 1:
         return min(length + 1, tape.slots)
     return min(length, tape.slots) + tokens
