@@ -29,6 +29,8 @@ from quantkit.models.loader import TORCH_DTYPES
 from quantkit.schemes import QuantScheme, plan_weights
 from quantkit.tensor import QuantizedTensor, empty_quantized
 
+# integer operators with a number: results are like the first argument, and their code for `meta` is slow
+LIKE_FIRST = (torch.ops.aten.__and__.Scalar, torch.ops.aten.__rshift__.Scalar)
 MATRIX_PRODUCTS = ("aten::linear", "aten::mm", "aten::bmm", "aten::addmm", "aten::matmul")
 
 
@@ -84,7 +86,7 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _writes(func):  # takes nothing, and there are no values to write
             return kwargs["out"] if kwargs and "out" in kwargs else args[0]
-        out = func(*args, **(kwargs or {}))
+        out = args[0].clone() if func in LIKE_FIRST else func(*args, **(kwargs or {}))
         for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta":
                 self._see(leaf.untyped_storage())
