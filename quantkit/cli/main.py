@@ -7,6 +7,7 @@ interrupted, 143 terminated.
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import os
 import signal
@@ -48,6 +49,7 @@ def cli() -> None:
 def run() -> NoReturn:
     """Run the command line and exit; whatever cleans up on an exception does so when terminated, too."""
     signal.signal(signal.SIGTERM, _terminate)
+    gc.set_threshold(100_000)  # what a short command makes lives to its end: looking for garbage is a tenth of it
     try:
         code = cli.main(prog_name="quantkit", standalone_mode=False)
     except click.ClickException as error:
