@@ -49,7 +49,8 @@ def cli() -> None:
 def run() -> NoReturn:
     """Run the command line and exit; whatever cleans up on an exception does so when terminated, too."""
     signal.signal(signal.SIGTERM, _terminate)
-    gc.set_threshold(100_000)  # what a short command makes lives to its end: looking for garbage is a tenth of it
+    # what a short command makes lives to its end: looking for garbage would be a tenth of its time
+    gc.set_threshold(100_000)
     try:
         code = cli.main(prog_name="quantkit", standalone_mode=False)
     except click.ClickException as error:
