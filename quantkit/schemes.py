@@ -70,7 +70,14 @@ class QuantScheme:
 
 
 def int_scheme(bits: int, group: int, symmetric: bool) -> QuantScheme:
-    """Return the integer scheme of this shape; `group` 0 means one scale a row."""
+    """Return the integer scheme of this shape; `group` 0 means one scale a row.
+
+    Raises:
+        SchemeError: neither 4 bits nor 8 symmetric ones, the only integers that are packed here.
+    """
+    if bits != 4 and not (bits == 8 and symmetric):
+        kind = "symmetric" if symmetric else "asymmetric"
+        raise SchemeError(f"{bits} {kind} bits cannot be packed: int schemes have 4 bits, or 8 symmetric ones")
     name = f"int{bits}" + (f"-g{group}" if group else "") + ("" if symmetric else "-asym")
     return QuantScheme(name, "int", bits, group=group, symmetric=symmetric)
 

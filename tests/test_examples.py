@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 from quantkit.schemes import SCHEMES
-from tests.paths import ROOT, smollm2_gguf
+from tests.paths import ROOT
 
 
 def run(name: str, *arguments: object) -> str:
@@ -42,17 +41,3 @@ def test_quantize_a_matrix_lists_every_scheme() -> None:
     sqnr = {line.split()[0]: float(line.split()[-2]) for line in lines}
     assert sqnr["int8"] > 40
     assert sqnr["int4-g32"] > sqnr["int4-g64"] > sqnr["int4-g128"] > 19
-
-
-def test_the_demo_leaves_a_report_with_charts(tmp_path: Path) -> None:
-    smollm2_gguf()
-    output = run("demo.py", tmp_path, 2048)
-    assert "int8" in output
-    assert "nf4" in output
-    report = tmp_path / "report.md"
-    assert output.rstrip().endswith(f"report: {report}")
-    assert all(str(chart) in output for chart in tmp_path.glob("*.png"))
-    assert report.read_text().count("](") >= len(list(tmp_path.glob("*.png"))) >= 2
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
-        file.name for file in (tmp_path / "smollm2-nf4").iterdir()
-    }

@@ -6,7 +6,15 @@ import pytest
 
 from quantkit.errors import SchemeError
 from quantkit.presets import PRESETS
-from quantkit.schemes import HEADLINE, SCHEMES, default_schemes, get_scheme, plan_weights, schemes_of_bits
+from quantkit.schemes import (
+    HEADLINE,
+    SCHEMES,
+    default_schemes,
+    get_scheme,
+    int_scheme,
+    plan_weights,
+    schemes_of_bits,
+)
 from tests.checkpoints import tiny_config
 
 MISTRAL = PRESETS["mistral-7b-instruct-v0.2"]
@@ -108,3 +116,9 @@ def test_scales_take_the_checkpoints_dtype() -> None:
     assert SCHEMES["int4-g64"].packing("bf16").scale_bits == 16
     assert SCHEMES["nf4"].packing("bf16").scale_bits == 32
     assert SCHEMES["nf4-dq"].packing("bf16").scale_bits == 8
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(3, True), (8, False), (16, True)])
+def test_integers_that_cannot_be_packed_are_no_scheme(bits: int, symmetric: bool) -> None:
+    with pytest.raises(SchemeError, match=f"{bits} .*symmetric bits cannot be packed"):
+        int_scheme(bits, 128, symmetric)

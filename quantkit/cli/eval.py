@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantkit.cli import options
+from quantkit.embedded import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
     from quantkit.evaluate.run import Evaluation
 
 
 @click.command("eval")
-@click.argument("model")
+@click.argument("model", default=EMBEDDED_MODEL)
 @click.option("--scheme", "schemes", multiple=True, metavar="NAME", help="Also quantize to this; repeatable.")
 @click.option(
     "--text", type=click.Path(path_type=Path), help="UTF-8 file; default: Python's language reference."
@@ -59,7 +60,9 @@ def command(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure the perplexity of MODEL, a directory or .gguf file, and of each --scheme made from it.
+    """Measure the perplexity of MODEL, and of each --scheme made from it.
+
+    MODEL is a directory, a .gguf file, or tiny-mistral, the embedded model, which is the default.
 
     Schemes are quantized in memory; nothing is written but a record of the result.
     """
@@ -99,7 +102,7 @@ def _text(evaluation: Evaluation, body: dict[str, Any]) -> str:
             result["scheme"],
             str(result["kv_bits"]),
             f"{result['perplexity']:.4f} ± {result['standard_error']:.4f}",
-            f"{result['difference']:+.4f}",
+            f"{result['difference']:+.4f} ± {result['difference_standard_error']:.4f}",
             f"{result['tokens_per_second']:,.0f}",
             f"{result['weights_bytes']:,}",
         ]

@@ -8,8 +8,7 @@ from quantkit.cli import options
 
 
 @click.command("generate")
-@click.argument("model")
-@click.argument("prompt")
+@options.model_and("PROMPT")
 @click.option("--max-new-tokens", "-n", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
@@ -19,8 +18,7 @@ from quantkit.cli import options
 @options.kv_bits
 @options.dtype
 def command(
-    model: str,
-    prompt: str,
+    words: tuple[str, str],
     max_new_tokens: int,
     temperature: float,
     top_p: float,
@@ -30,12 +28,13 @@ def command(
     kv_bits: int | None,
     dtype: str | None,
 ) -> None:
-    """Continue PROMPT with MODEL, a directory or .gguf file."""
+    """Continue PROMPT with MODEL, a directory, a .gguf file or the embedded model, the default."""
     from quantkit.errors import QuantkitError
     from quantkit.models.generate import Sampling, generate
     from quantkit.models.loader import load
     from quantkit.schemes import get_scheme, plan_weights
 
+    model, prompt = words
     wanted = get_scheme(scheme) if scheme else None
     checkpoint = options.open_weights(model)
     config = checkpoint.config

@@ -20,7 +20,7 @@ import click
 from quantkit import __version__
 from quantkit.errors import QuantkitError
 
-COMMANDS = ("estimate", "fit", "inspect", "quantize", "eval", "generate", "measure", "report")
+COMMANDS = ("demo", "estimate", "fit", "inspect", "quantize", "eval", "generate", "measure", "report")
 INTERRUPTED, TERMINATED = 130, 143
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import click
 
 from calculators.units import is_decimal_unit, parse_size, parse_tokens
 from quantkit.config import DTYPE_BITS, ModelConfig, config_from_json
+from quantkit.embedded import EMBEDDED_MODEL, embedded_path
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.presets import PRESETS
 from quantkit.schemes import Indivisible, QuantScheme
@@ -168,7 +170,7 @@ def find_model(name: str) -> Subject:
     """
     if name.lower() in PRESETS:
         return Subject(PRESETS[name.lower()])
-    path = Path(name)
+    path = embedded_path(name) or Path(name)
     if not path.exists() and HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         from quantkit.formats.hub import open_hub
 
@@ -178,8 +180,8 @@ def find_model(name: str) -> Subject:
         return Subject(config, on_hub)
     if not path.exists():
         raise ConfigError(
-            f"unknown model {name!r}: presets are {', '.join(PRESETS)}; or name a directory with "
-            "config.json, a .gguf file, or a model on the Hugging Face Hub as owner/name"
+            f"unknown model {name!r}: presets are {', '.join(PRESETS)}; or name {EMBEDDED_MODEL}, a directory "
+            "with config.json, a .gguf file, or a model on the Hugging Face Hub as owner/name"
         )
     from quantkit.formats.checkpoint import open_checkpoint
 
@@ -193,7 +195,7 @@ def find_model(name: str) -> Subject:
 
 
 def open_weights(name: str) -> Checkpoint:
-    """Open the directory or .gguf file that MODEL names.
+    """Open the embedded model, the directory or the .gguf file that MODEL names.
 
     Raises:
         CheckpointError: there is none, it is a preset, or its weights are broken.
@@ -201,13 +203,38 @@ def open_weights(name: str) -> Checkpoint:
     """
     from quantkit.formats.checkpoint import open_checkpoint
 
-    path = Path(name)
+    path = embedded_path(name) or Path(name)
     if not path.exists() and name.lower() in PRESETS:
         raise CheckpointError(
-            f"{name} is a preset, shapes without weights: name a model directory with config.json, "
-            "or a .gguf file"
+            f"{name} is a preset, shapes without weights: name {EMBEDDED_MODEL}, a model directory with "
+            "config.json, or a .gguf file"
         )
     return open_checkpoint(path)
+
+
+def model_and(last: str) -> Callable[[Command], Command]:
+    """Add the arguments `[MODEL] LAST` to a command, which gets them as `words`: a pair.
+
+    Without MODEL it is the embedded one; a LAST that is a model itself shows that the other was forgotten.
+    """
+
+    def pair(ctx: click.Context, param: click.Parameter, words: tuple[str, ...]) -> tuple[str, str]:
+        if len(words) == 2:
+            return words[0], words[1]
+        if len(words) > 2:
+            raise click.UsageError(
+                f"{len(words)} arguments are too many: name MODEL and {last}, or {last} alone"
+            )
+        if _is_model(words[0]):
+            raise click.UsageError(f"{words[0]} is a model: name {last}, too")
+        return EMBEDDED_MODEL, words[0]
+
+    return click.argument("words", nargs=-1, required=True, callback=pair, metavar=f"[MODEL] {last}")
+
+
+def _is_model(word: str) -> bool:
+    known = word.lower() in PRESETS or embedded_path(word) is not None or word.endswith(".gguf")
+    return known or os.path.exists(os.path.join(word, "config.json"))  # a prompt can be too long for a Path
 
 
 def warn(text: str) -> None:

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("quantize")
-@click.argument("model")
-@click.argument("out", type=click.Path(path_type=Path))
+@options.model_and("OUT")
 @click.option(
     "--scheme", required=True, metavar="NAME", help="int8, int4-g128, nf4, bf16, ... as in estimate."
 )
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Replace OUT where it is a model directory or empty.")
 @click.option("--json", "as_json", is_flag=True, help="Print errors and sizes as JSON.")
 def command(
-    model: str,
-    out: Path,
+    words: tuple[str, str],
     scheme: str,
     include: Sequence[str],
     exclude: Sequence[str],
@@ -35,13 +33,16 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write MODEL, a directory or .gguf file, at another precision to the directory OUT.
+    """Write MODEL at another precision to the directory OUT.
+
+    MODEL is a directory, a .gguf file, or tiny-mistral, the embedded model, which is the default.
 
     The linears of the blocks are quantized; embedding, head and norms stay as they are. int4 and int8 are
     written as compressed-tensors, nf4 as bitsandbytes. OUT appears whole or not at all.
     """
     from quantkit.schemes import get_scheme
 
+    model, out = words[0], Path(words[1])
     wanted = get_scheme(scheme)
     checkpoint = options.open_weights(model)
     from quantkit.quantize.convert import convert

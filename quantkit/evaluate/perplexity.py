@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -60,12 +60,16 @@ class Score:
         nll_standard_error: of that mean, over windows; 0 with a single window.
         tokens_scored: tokens the mean is over.
         seconds: wall time of the forward passes.
+        window_nll: each window's sum of NLL: float64 (n,).
+        window_tokens: the tokens scored in each: float64 (n,).
     """
 
     nll: float
     nll_standard_error: float
     tokens_scored: int
     seconds: float
+    window_nll: torch.Tensor = field(repr=False)
+    window_tokens: torch.Tensor = field(repr=False)
 
     @property
     def perplexity(self) -> float:
@@ -79,6 +83,17 @@ class Score:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens_scored / self.seconds
+
+    def difference_standard_error(self, other: Score) -> float:
+        """Return the standard error of this perplexity minus another's on the same windows, to first order.
+
+        The windows are paired: what is hard for both models alike cancels.
+        """
+        residuals = self.perplexity * self._residuals() - other.perplexity * other._residuals()
+        return _standard_error(residuals, self.window_tokens)
+
+    def _residuals(self) -> torch.Tensor:
+        return self.window_nll - self.nll * self.window_tokens
 
 
 def perplexity(
@@ -105,10 +120,12 @@ def perplexity(
             counts.append(scored)
         if progress:
             progress(len(batch))
-    totals = torch.stack(sums)
+    totals = torch.stack(sums).cpu()
     seconds = time.perf_counter() - started
     mean = totals.sum().item() / sum(counts)
-    return Score(mean, _standard_error(totals, counts, mean), sum(counts), seconds)
+    sizes = torch.tensor(counts, dtype=torch.float64)
+    error = _standard_error(totals - mean * sizes, sizes)
+    return Score(mean, error, sum(counts), seconds, totals, sizes)
 
 
 def token_nll(
@@ -126,11 +143,10 @@ def token_nll(
     return torch.cat(pieces, dim=1)
 
 
-def _standard_error(sums: torch.Tensor, counts: Sequence[int], mean: float) -> float:
-    """Standard error of a ratio of sums over windows, which are taken as independent."""
-    if len(counts) < 2:
+def _standard_error(residuals: torch.Tensor, sizes: torch.Tensor) -> float:
+    """Standard error of a ratio of sums over windows, which are taken as independent; 0 for a single one."""
+    windows = len(residuals)
+    if windows < 2:
         return 0.0
-    sizes = torch.tensor(counts, dtype=torch.float64)
-    residuals = sums.cpu() - mean * sizes
-    variance = residuals.square().sum() / (len(counts) - 1) / len(counts)
+    variance = residuals.square().sum() / (windows - 1) / windows
     return float(variance.sqrt() / sizes.mean())

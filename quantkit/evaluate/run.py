@@ -131,6 +131,7 @@ class Evaluation:
                     "standard_error": result.score.standard_error,
                     "nll_standard_error": result.score.nll_standard_error,
                     "difference": result.score.perplexity - original.perplexity,
+                    "difference_standard_error": result.score.difference_standard_error(original),
                     "tokens_scored": result.score.tokens_scored,
                     "weights_bytes": result.weights_bytes,
                     "tokens_per_second": result.score.tokens_per_second,

@@ -51,7 +51,7 @@ def perplexity_by_size(run: PerplexityRun) -> Figure:
         figure,
         f"Text: {run.text}. Window {run.window}, stride {run.stride}, {run.tokens_scored:,} tokens scored, "
         f"computed in {run.dtype}.\nBars: ± standard error over windows. All score the same tokens, so the "
-        "errors largely move together.",
+        "errors largely move together: the table has those of the differences.",
     )
     return figure
 

@@ -103,7 +103,10 @@ class EstimateRun:
 
 @dataclass(frozen=True)
 class Result:
-    """The perplexity of one scheme; `standard_error` is None where one window gives none."""
+    """The perplexity of one scheme; a standard error is None where one window gives none.
+
+    That of the difference is of paired windows; records of 0.1.0's first days lack it.
+    """
 
     scheme: str
     kv_bits: int
@@ -114,6 +117,7 @@ class Result:
     weights_bytes: int
     tokens_per_second: float
     difference: float | None
+    difference_standard_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -278,6 +282,11 @@ def _result(fields: Fields) -> Result:
         weights_bytes=fields.integer("weights_bytes", least=1),
         tokens_per_second=fields.number("tokens_per_second"),
         difference=fields.number_or_none("difference"),
+        difference_standard_error=(
+            fields.number_or_none("difference_standard_error")
+            if "difference_standard_error" in fields.value
+            else None
+        ),
     )
 
 

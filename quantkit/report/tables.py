@@ -87,7 +87,9 @@ def perplexities_markdown(run: PerplexityRun) -> str:
         [
             run.label(result),
             f"{result.perplexity:.3f}" + _plus_minus(result.standard_error),
-            MISSING if result.difference is None or index == 0 else f"{result.difference:+.3f}",
+            MISSING
+            if result.difference is None or index == 0
+            else f"{result.difference:+.3f}" + _plus_minus(result.difference_standard_error),
             format_bytes(result.weights_bytes),
             f"{result.tokens_per_second:,.1f}",
         ]

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from quantkit.cli.main import cli
 from tests.paths import ROOT
 
-NAMES = ["estimate", "eval", "fit", "generate", "inspect", "measure", "quantize", "report"]
+NAMES = ["demo", "estimate", "eval", "fit", "generate", "inspect", "measure", "quantize", "report"]
 
 
 def test_these_are_all_commands() -> None:

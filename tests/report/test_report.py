@@ -52,7 +52,7 @@ def test_tables_hold_the_records_numbers(estimates: EstimateRun, perplexities: P
     results = pd.read_csv(io.StringIO(tables.csv(tables.perplexities(perplexities))))
     assert results.to_dict("records") == perplexity_body()["results"]
     assert (
-        "| nf4       | 5.000 ± 0.055 |     +0.580 |  4.15 GiB |  1,234.6 |"
+        "| nf4       | 5.000 ± 0.055 | +0.580 ± 0.005 |  4.15 GiB |  1,234.6 |"
         in tables.perplexities_markdown(perplexities)
     )
 
