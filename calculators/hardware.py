@@ -214,7 +214,7 @@ class Overhead:
 CUDA_CONTEXT = Overhead(
     512 * MIB,
     "assumed",
-    "CUDA context 0.50 GiB (published: 0.51 GiB on H100, 414 MiB on A100 40GB, 426 MiB on RTX 6000 Ada)",
+    "CUDA context 0.50 GiB (published: 256 MiB on RTX 3090, 426 MiB on RTX 6000 Ada, at most 0.61 GiB on H100)",
 )
 CUBLAS_WORKSPACE = Overhead(
     33_554_432,

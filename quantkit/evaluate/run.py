@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.errors import SchemeError
+from quantkit.errors import QuantkitError, SchemeError
 from quantkit.evaluate.perplexity import Score, Windows, perplexity
 from quantkit.evaluate.texts import Text
 from quantkit.formats.checkpoint import Checkpoint
@@ -41,6 +41,9 @@ class Evaluation:
         kv_bits: bits of the KV caches that each precision is run with; None means the compute dtype's.
         kv_group: elements of a head that share a scale of the cache; 0 is the whole head.
         dtype: compute dtype; None means the checkpoint's.
+
+    Raises:
+        QuantkitError: the text does not fill a window, or windows in which a quantized cache would go unused.
     """
 
     def __init__(
@@ -58,6 +61,12 @@ class Evaluation:
         self.dtype = dtype or checkpoint.config.dtype
         window = window or min(DEFAULT_WINDOW, checkpoint.config.max_context)
         self.windows = Windows(window, stride or window)
+        own = checkpoint.config.sliding_window
+        if own is not None and own < window and any(bits is not None and bits < 16 for bits in kv_bits):
+            raise QuantkitError(
+                f"windows of {window:,} tokens roll through the {own:,} of {checkpoint.config.name}, and the first pass "
+                f"attends to keys that no cache has held: evaluate its KV bits with --window {own} or less"
+            )
         tokenizer = checkpoint.tokenizer()
         self.bos_id = tokenizer.bos_id
         ids = tokenizer.encode(text.content, add_bos=self.bos_id is not None)

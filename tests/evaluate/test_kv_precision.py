@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from quantkit.embedded import EMBEDDED_MODEL, embedded_path
+from quantkit.errors import QuantkitError
 from quantkit.evaluate.perplexity import Windows, perplexity
 from quantkit.evaluate.run import Evaluation
-from quantkit.evaluate.texts import text_file
+from quantkit.evaluate.texts import Text, text_file
 from quantkit.formats.checkpoint import open_checkpoint
 from quantkit.models.decoder import Decoder
 from quantkit.models.loader import load
@@ -65,3 +68,15 @@ def test_int8_is_within_a_thousandth_of_16_bits_on_smollm2() -> None:
     model = opened(smollm2_gguf(), shared_data("text", "wiki.test.raw"))
     half, int8 = perplexities(model, 24576, 1024, [(16, 0), (8, 0)])
     assert abs(int8 / half - 1) <= INT8_BAR
+
+
+def test_windows_that_no_cache_would_serve_are_refused() -> None:
+    folder = embedded_path(EMBEDDED_MODEL)
+    assert folder is not None
+    checkpoint = open_checkpoint(folder)
+    checkpoint.config = replace(checkpoint.config, sliding_window=512)
+    text = Text("words", "one two three four five six seven " * 200)
+    Evaluation(checkpoint, text, window=512, kv_bits=(8,))
+    Evaluation(checkpoint, text, window=1024)
+    with pytest.raises(QuantkitError, match="--window 512 or less"):
+        Evaluation(checkpoint, text, window=1024, kv_bits=(16, 8))
