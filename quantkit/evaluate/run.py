@@ -64,8 +64,8 @@ class Evaluation:
         own = checkpoint.config.sliding_window
         if own is not None and own < window and any(bits is not None and bits < 16 for bits in kv_bits):
             raise QuantkitError(
-                f"windows of {window:,} tokens roll through the {own:,} of {checkpoint.config.name}, and the first pass "
-                f"attends to keys that no cache has held: evaluate its KV bits with --window {own} or less"
+                f"windows of {window:,} tokens roll through the {own:,} of {checkpoint.config.name}, and the first "
+                f"pass attends to keys that no cache has held: evaluate its KV bits with --window {own} or less"
             )
         tokenizer = checkpoint.tokenizer()
         self.bos_id = tokenizer.bos_id
