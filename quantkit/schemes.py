@@ -77,7 +77,9 @@ def int_scheme(bits: int, group: int, symmetric: bool) -> QuantScheme:
     """
     if bits != 4 and not (bits == 8 and symmetric):
         kind = "symmetric" if symmetric else "asymmetric"
-        raise SchemeError(f"{bits} {kind} bits cannot be packed: int schemes have 4 bits, or 8 symmetric ones")
+        raise SchemeError(
+            f"{bits} {kind} bits cannot be packed: int schemes have 4 bits, or 8 symmetric ones"
+        )
     name = f"int{bits}" + (f"-g{group}" if group else "") + ("" if symmetric else "-asym")
     return QuantScheme(name, "int", bits, group=group, symmetric=symmetric)
 
