@@ -96,10 +96,13 @@ def cells(sizes: Sequence[int], scale: int, width: int) -> list[int]:
     They add up to the columns of the sum, cut at `width`: each has its whole columns, and those that are left
     go to the largest remainders, so that a small part shows in all rows or in none.
     """
-    total = min(sum(sizes), scale)
-    whole = (2 * total * width + scale) // (2 * scale)
-    found = [size * width // max(scale, sum(sizes)) for size in sizes]
-    remainders = [size * width % max(scale, sum(sizes)) for size in sizes]
+    left, scaled = scale, []
+    for size in sizes:
+        scaled.append(min(size, left) * width)
+        left -= min(size, left)
+    whole = (2 * sum(scaled) + scale) // (2 * scale)
+    found = [size // scale for size in scaled]
+    remainders = [size % scale for size in scaled]
     order = sorted(range(len(sizes)), key=lambda part: -remainders[part])
     for part in order[: whole - sum(found)]:
         found[part] += 1
