@@ -1,6 +1,7 @@
 """What a terminal adds to a page: its width, colour, and bars of block characters. A pipe gets none of them.
 
-Bars need a terminal. Colour needs one that is not `TERM=dumb`, or FORCE_COLOR; NO_COLOR wins over both.
+Bars need a terminal. Colour needs one that is not `TERM=dumb`, or FORCE_COLOR; NO_COLOR wins over both. Values
+are named tuples here: `estimate` is to start at once, and a dataclass takes longer to make than to use.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import click
 
@@ -16,8 +17,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 WIDEST = 32
 
 
-@dataclass(frozen=True)
-class Screen:
+class Screen(NamedTuple):
     """What stdout shows.
 
     Attributes:
@@ -56,8 +56,7 @@ def _encodes(text: str, encoding: str) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One component of stacked bars: told by its glyph alone where there is no colour."""
 
     name: str
@@ -75,8 +74,7 @@ _USED = (WEIGHTS, Part("all else", "▓", "cyan"), Part("free", "·", "white"))
 _OVER = "›"
 
 
-@dataclass(frozen=True)
-class Bars:
+class Bars(NamedTuple):
     """A last column of bars.
 
     Attributes:

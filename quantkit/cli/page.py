@@ -11,7 +11,7 @@ import click
 from quantkit.cli import bars
 
 # a label, or cells of a list, before the text of a line: what follows is folded below itself
-_LABEL = re.compile(r"\s*\S.*\s{2,}(?=\S)|\s*")
+_LABEL = r"\s*\S.*\s{2,}(?=\S)|\s*"
 _COLOURS = {"fits": "green", "tight": "yellow", "no": "red", "none": "red"}
 
 
@@ -33,7 +33,7 @@ def _fold(line: str, width: int) -> str:
         return line
     import textwrap
 
-    found = _LABEL.match(line)
+    found = re.match(_LABEL, line)
     hang = found.end() if found else 0
     if hang > width // 2:
         hang = len(line) - len(line.lstrip()) + 2
