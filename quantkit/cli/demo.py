@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from quantkit.cli import options, remarks
 from quantkit.embedded import EMBEDDED_MODEL
 
 SMOLLM2 = "smollm2"
@@ -66,6 +67,8 @@ _PARTS = {
     help="Folder for models, records and the report.",
 )
 @click.option("--limit-tokens", type=click.IntRange(2), help="Evaluate on so many tokens of the text.")
+@remarks.quiet
+@options.examples("demo", "demo --model smollm2 -o out")
 def command(model: str, out: Path, limit_tokens: int | None) -> None:
     """Estimate, quantize, evaluate, run and report a small real model, in a minute or two.
 
@@ -92,7 +95,8 @@ def _run(name: str, *arguments: object) -> None:
     words: Sequence[str] = [name, *map(str, arguments)]
     click.echo(f"\n$ quantkit {shlex.join(words)}")
     sys.stdout.flush()
-    code = subprocess.run([sys.executable, "-m", "quantkit", *words], check=False).returncode
+    quiet = ["--quiet"] if remarks.is_quiet() else []
+    code = subprocess.run([sys.executable, "-m", "quantkit", *words, *quiet], check=False).returncode
     if code:
         raise SystemExit(code)
 

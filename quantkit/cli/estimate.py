@@ -13,7 +13,7 @@ import click
 
 from calculators.fit import NO, TIGHT
 from calculators.units import format_tokens
-from quantkit.cli import notes, options
+from quantkit.cli import notes, options, page, remarks
 from quantkit.cli.machine import (
     RUNTIME,
     Machine,
@@ -95,6 +95,12 @@ class Report:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object, sizes in bytes.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV, sizes in bytes.")
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Also write a record.")
+@remarks.quiet
+@options.examples(
+    "estimate --context 32k --bits 4",
+    'estimate llama-3.1-8b --gpu "RTX 4090"',
+    "estimate path/to/model --vram 12GiB --scheme nf4 --check",
+)
 def command(
     model: str,
     contexts: Sequence[int],
@@ -148,8 +154,11 @@ def command(
         from quantkit.records import new_record, write_record
 
         write_record(output, new_record("estimate", _body(report)))
-        click.echo(f"record: {output}", err=True)
-    click.echo(json.dumps(_body(report), indent=1) if as_json else _csv(report) if as_csv else _text(report))
+        remarks.remark(f"record: {output}")
+    if as_json or as_csv:
+        click.echo(json.dumps(_body(report), indent=1) if as_json else _csv(report))
+    else:
+        page.show(_text(report))
     if check:
         _check(report)
 
@@ -201,7 +210,7 @@ def _check(report: Report) -> None:
         if found and found.word in cells:
             cells[found.word].append(f"{entry.scheme} at {format_tokens(entry.context)}")
     if cells[TIGHT]:
-        click.echo(f"tight: {', '.join(cells[TIGHT])}", err=True)
+        remarks.remark(f"tight: {', '.join(cells[TIGHT])}")
     if cells[NO]:
         click.echo(f"does not fit: {', '.join(cells[NO])}", err=True)
         raise click.exceptions.Exit(DOES_NOT_FIT)

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 from calculators.fit import NO, TIGHT, smallest_card
 from calculators.units import format_bytes, format_gib, format_tokens
-from quantkit.cli import options
+from quantkit.cli import bars, page
 
 if TYPE_CHECKING:
     from quantkit.cli.estimate import Report
+    from quantkit.estimate import MemoryEstimate
     from quantkit.fit import Fit
 
 _MARKS = {TIGHT: "~", NO: "*"}
+_STACKED = ("weights", "kv_cache", "activations", "allocator", "overhead")  # as bars.COMPONENTS
 
 
 def text(report: Report) -> str:
@@ -73,7 +75,16 @@ def _components(report: Report) -> str:
         row = [entry.scheme, *map(format_gib, sizes)]
         found = report.where.verdict(entry)
         rows.append(row + ([found.word, format_gib(found.margin_bytes)] if found else []))
-    return options.table(header + (["verdict", "margin"] if report.where.memory else []), rows)
+    also = ["verdict", "margin"] if report.where.memory else []
+    short = ["scheme", "weights", "KV cache", "activ.", "alloc.", "overh.", "total"]
+    return page.table(header + also, rows, short=short + also, beside=_stacks("", report.estimates))
+
+
+def _stacks(header: str, entries: Sequence[MemoryEstimate]) -> bars.Bars:
+    """Return bars of the components, the longest for the largest total."""
+    sizes = [[getattr(entry, f"{name}_bytes") for name in _STACKED] for entry in entries]
+    most = max(entry.total_bytes for entry in entries)
+    return bars.stacks(header, sizes, [most] * len(sizes))
 
 
 def _totals(report: Report, contexts: Sequence[int]) -> str:
@@ -86,7 +97,9 @@ def _totals(report: Report, contexts: Sequence[int]) -> str:
         mark = _MARKS.get(word, " ") if found else ""
         totals.setdefault(entry.scheme, []).append(format_gib(entry.total_bytes) + mark)
     rows = [[name, *cells] for name, cells in totals.items()]
-    table = options.table(["scheme", *map(format_tokens, contexts)], rows)
+    longest = [entry for entry in report.estimates if entry.context == contexts[-1]]
+    beside = _stacks(f"at {format_tokens(contexts[-1])}", longest)
+    table = page.table(["scheme", *map(format_tokens, contexts)], rows, beside=beside)
     where = report.where
     if where.memory is None:
         return table
@@ -112,7 +125,7 @@ def _fits(report: Report) -> str:
         if report.where.gpu:
             row.append(ceiling_cell(found))
         rows.append(row)
-    table = f"What fits {report.where.title}, tight not counted\n\n{options.table(header, rows)}"
+    table = f"What fits {report.where.title}, tight not counted\n\n{page.table(header, rows)}"
     return "\n\n".join(filter(None, [table, legend(report.fits)]))
 
 
@@ -172,4 +185,4 @@ def _facts(report: Report) -> str:
     lines += [
         (name, assumed[name]) for name in ("tight", "usable", "bandwidth", "ceiling") if name in assumed
     ]
-    return "Assumptions\n" + options.Facts(lines).text()
+    return "Assumptions\n" + page.Facts(lines).text()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantkit.cli import options
+from quantkit.cli import bars, options, page, remarks
 from quantkit.embedded import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
@@ -43,6 +43,12 @@ if TYPE_CHECKING:
     "--output", "-o", type=click.Path(path_type=Path), help="Record [default: perplexity-MODEL.json]."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the record's body as JSON.")
+@remarks.quiet
+@options.examples(
+    "eval --scheme int8 --scheme nf4",
+    "eval path/to/model --dataset wikitext2 --scheme int4-g128",
+    "eval model.gguf --kv-bits 16 --kv-bits 8 --kv-bits 4",
+)
 def command(
     model: str,
     schemes: Sequence[str],
@@ -81,7 +87,7 @@ def command(
     evaluation = run.Evaluation(
         checkpoint, source, window, stride, limit_tokens, caches or (None,), kv_group, dtype
     )
-    with options.progress(
+    with remarks.progress(
         "evaluating", evaluation.n_windows * (1 + len(wanted)) * len(evaluation.kv_bits)
     ) as bar:
         results = evaluation.run(wanted, include, exclude, options.as_indivisible(indivisible), bar.update)
@@ -91,8 +97,8 @@ def command(
     if as_json:
         click.echo(json.dumps(body, indent=1))
     else:
-        click.echo(_text(evaluation, body))
-    click.echo(f"record: {path}", err=True)
+        page.show(_text(evaluation, body))
+    remarks.remark(f"record: {path}")
 
 
 def _text(evaluation: Evaluation, body: dict[str, Any]) -> str:
@@ -109,8 +115,11 @@ def _text(evaluation: Evaluation, body: dict[str, Any]) -> str:
         for result in body["results"]
     ]
     header = ["scheme", "KV bits", "perplexity", "difference", "tokens/s", "weight bytes"]
+    short = ["scheme", "KV", "perplexity", "difference", "tok/s", "bytes"]
     about = (
         f"{body['model']} on {protocol['text']}: {protocol['tokens_scored']:,} tokens scored in "
         f"{protocol['windows']:,} windows of {protocol['window']:,}, computed in {body['dtype']}"
     )
-    return about + "\n\n" + options.table(header, rows)
+    differences = [result["difference"] for result in body["results"]]
+    beside = bars.lengths("", differences, "bars: the difference to the original's perplexity")
+    return about + "\n\n" + page.table(header, rows, short=short, beside=beside)

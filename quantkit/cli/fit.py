@@ -11,7 +11,7 @@ import click
 
 from calculators.hardware import GPUS
 from calculators.units import format_gib, format_tokens
-from quantkit.cli import notes, options
+from quantkit.cli import bars, notes, options, page, remarks
 from quantkit.cli.estimate_text import batch_cell, ceiling_cell, legend, tokens_cell
 from quantkit.cli.machine import (
     RUNTIME,
@@ -47,6 +47,12 @@ EACH_ITS_OWN = "each GPU's CUDA context and cuBLAS workspace; --json gives them"
 )
 @options.policy
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object, sizes in bytes.")
+@remarks.quiet
+@options.examples(
+    'fit --gpu "RTX 4060"',
+    "fit llama-3.1-8b --vram 12GiB",
+    "fit --scheme int4-g128 --context 32k",
+)
 def command(
     model: str,
     schemes: Sequence[str],
@@ -86,7 +92,10 @@ def command(
     ]
     notes.warn_of_long_contexts(share, [run.context])
     report = Report(config, cells, run, machine, said)
-    click.echo(json.dumps(_body(report), indent=1) if as_json else _text(report))
+    if as_json:
+        click.echo(json.dumps(_body(report), indent=1))
+    else:
+        page.show(_text(report))
 
 
 @dataclass(frozen=True)
@@ -164,7 +173,20 @@ def _schemes_table(report: Report) -> str:
         f"{where[0].upper()}{where[1:]}: weights in GiB, longest context at batch {report.run.batch} by bits "
     )
     title += f"of the KV cache; largest batch{also} (KV {caches[0].kv_bits})"
-    return f"{title}\n\n{options.table(header, rows)}"
+    short = [*header[: len(caches) + 2], "batch", "tok/s"][: len(header)]
+    first_cells = [cell for cell in report.cells if cell.fit.kv_bits == caches[0].kv_bits]
+    beside = _use(first_cells, f"the GPU at {at} (KV {caches[0].kv_bits})")
+    return f"{title}\n\n{page.table(header, rows, short=short, beside=beside)}"
+
+
+def _use(cells: Sequence[Cell], label: str) -> bars.Bars:
+    """Return bars of what the workload takes of each cell's memory."""
+    uses = []
+    for cell in cells:
+        memory = cell.where.free or 0
+        weights = cell.fit.weights_bytes
+        uses.append((weights, memory - cell.fit.margin_bytes - weights, memory))
+    return bars.usage("", label, uses)
 
 
 def _gpu_tables(report: Report) -> list[str]:
@@ -172,16 +194,20 @@ def _gpu_tables(report: Report) -> list[str]:
     at = format_tokens(report.run.context)
     header = ["GPU", "GiB", "longest context", f"batch at {at}", f"verdict at {at}", "margin"]
     header.append(f"tokens/s at {at}")
+    short = ["GPU", "GiB", "longest", "batch", "verdict", "margin", "tok/s"]
     tables: dict[tuple[str, int], list[list[str]]] = {}
+    cells: dict[tuple[str, int], list[Cell]] = {}
     for cell in report.cells:
         found, gpu = cell.fit, cell.where.gpu
         assert gpu is not None
         row = [gpu.name, format_gib(gpu.usable_bytes), tokens_cell(found), batch_cell(found)]
         row += [found.verdict, format_gib(found.margin_bytes), ceiling_cell(found)]
         tables.setdefault((found.scheme, found.kv_bits), []).append(row)
+        cells.setdefault((found.scheme, found.kv_bits), []).append(cell)
     return [
         f"{scheme}, KV cache of {bits} bits: longest context at batch {report.run.batch}, largest batch, verdict, "
-        f"margin in GiB, ceiling in tokens/s\n\n{options.table(header, rows)}"
+        f"margin in GiB, ceiling in tokens/s\n\n"
+        + page.table(header, rows, short=short, beside=_use(cells[scheme, bits], f"each GPU at {at}"))
         for (scheme, bits), rows in tables.items()
     ]
 
@@ -213,7 +239,7 @@ def _facts(report: Report) -> str:
         ("tight", assumed["tight"]),
     ]
     lines += [(name, assumed[name]) for name in ("usable", "bandwidth", "ceiling") if name in assumed]
-    return "Assumptions\n" + options.Facts(lines).text()
+    return "Assumptions\n" + page.Facts(lines).text()
 
 
 def _body(report: Report) -> dict[str, Any]:

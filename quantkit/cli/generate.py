@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 
-from quantkit.cli import options
+from quantkit.cli import options, remarks
 
 
 @click.command("generate")
@@ -17,6 +19,13 @@ from quantkit.cli import options
 @click.option("--scheme", metavar="NAME", help="Quantize to this in memory first.")
 @options.kv_bits
 @options.dtype
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object at the end instead of streaming.")
+@remarks.quiet
+@options.examples(
+    'generate "The function returns"',
+    'generate path/to/model "Why is the sky blue?" --chat --scheme nf4',
+    'generate model.gguf "Once upon a time" -n 64 --temperature 0.8 --top-p 0.9 --seed 1',
+)
 def command(
     words: tuple[str, str],
     max_new_tokens: int,
@@ -27,6 +36,7 @@ def command(
     scheme: str | None,
     kv_bits: int | None,
     dtype: str | None,
+    as_json: bool,
 ) -> None:
     """Continue PROMPT with MODEL, a directory, a .gguf file or the embedded model, the default."""
     from quantkit.errors import QuantkitError
@@ -45,15 +55,33 @@ def command(
             "the prompt is empty, and this tokenizer has no BOS to begin with: give a word at least"
         )
     if len(ids) + max_new_tokens > config.max_context:
-        click.echo(
-            f"Warning: {len(ids):,} + {max_new_tokens:,} tokens exceed the {config.max_context:,} of {config.name}",
-            err=True,
+        remarks.warn(
+            f"{len(ids):,} + {max_new_tokens:,} tokens exceed the {config.max_context:,} of {config.name}"
         )
     plan = plan_weights(config, wanted) if wanted else None
-    decoder = load(checkpoint, wanted.dtype or dtype if wanted else dtype, plan)
+    compute = wanted.dtype or dtype if wanted else dtype
+    with remarks.progress("loading", config.parameters) as bar:
+        decoder = load(checkpoint, compute, plan, progress=bar.update)
     stop_ids = {*config.eos_token_ids, *tokenizer.eos_ids}
     stream = tokenizer.stream()
     sampling = Sampling(temperature, top_p, seed)
+    pieces, new_tokens = [], 0
     for token in generate(decoder, ids, max_new_tokens, sampling, stop_ids, kv_bits):
-        click.echo(stream.feed(token), nl=False)
-    click.echo(stream.finish())
+        new_tokens += 1
+        pieces.append(stream.feed(token))
+        if not as_json:
+            click.echo(pieces[-1], nl=False)
+    pieces.append(stream.finish())
+    if not as_json:
+        click.echo(pieces[-1])
+        return
+    body = {
+        "model": config.name,
+        "scheme": wanted.name if wanted else None,
+        "kv_bits": kv_bits,
+        "prompt_tokens": len(ids),
+        "new_tokens": new_tokens,
+        "stopped": "length" if new_tokens == max_new_tokens else "end",
+        "text": "".join(pieces),
+    }
+    click.echo(json.dumps(body, indent=1))

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from calculators.units import format_tokens
-from quantkit.cli import options
+from quantkit.cli import options, page, remarks
 from quantkit.config import ModelConfig
 from quantkit.presets import DEFAULT_PRESET, PRESETS
 
@@ -23,13 +23,22 @@ _ROLES = (
 @click.command("inspect", epilog=f"Presets: {', '.join(PRESETS)}.")
 @click.argument("model", default=DEFAULT_PRESET)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+@remarks.quiet
+@options.examples(
+    "inspect",
+    "inspect qwen2.5-7b",
+    "inspect path/to/model --json",
+)
 def command(model: str, as_json: bool) -> None:
     """Show MODEL's parameters by role, its shapes, norm, RoPE, window and context.
 
     MODEL is a preset, a directory with config.json, or a .gguf file [default: mistral-7b-instruct-v0.2].
     """
     subject = options.find_model(model)
-    click.echo(json.dumps(_body(subject), indent=1) if as_json else _text(subject))
+    if as_json:
+        click.echo(json.dumps(_body(subject), indent=1))
+    else:
+        page.show(_text(subject))
 
 
 def _body(subject: options.Subject) -> dict[str, Any]:
@@ -71,7 +80,7 @@ def _text(subject: options.Subject) -> str:
     counts = config.parameters_by_role()
     rows = [[label, f"{sum(counts[role] for role in roles):,}"] for label, roles in _ROLES]
     rows.append(["total", f"{config.parameters:,}"])
-    facts = options.Facts(
+    facts = page.Facts(
         [
             ("architecture", f"{config.architecture}, {config.n_layers} layers"),
             ("tensors", f"{len(config.tensors)}"),
@@ -91,7 +100,7 @@ def _text(subject: options.Subject) -> str:
     )
     if subject.checkpoint:
         facts.lines.append(("stored", _stored(subject)))
-    return f"{config.name}\n\n{options.table(['parameters', ''], rows)}\n\n{facts.text('')}"
+    return f"{config.name}\n\n{page.table(['parameters', ''], rows)}\n\n{facts.text('')}"
 
 
 def _attention(config: ModelConfig) -> str:

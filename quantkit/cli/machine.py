@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from calculators.fit import ERROR_BAND, Verdict, verdict
-from calculators.hardware import GPU, Overhead, Platform, find_gpu, platform_of
+from calculators.hardware import GPU, GPUS, Overhead, Platform, find_gpu, platform_of
 from calculators.units import format_bytes, format_gib
 from quantkit.cli import options
+from quantkit.cli.completion import items
 from quantkit.estimate import PREFILL_CHUNK, Estimator, Workload
 from quantkit.schemes import SCHEMES
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from quantkit.config import ModelConfig
     from quantkit.estimate import MemoryEstimate
 
@@ -46,6 +49,13 @@ class GPUParam(click.ParamType):
             return find_gpu(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Return the GPUs that begin so, without the spaces, which a shell would have to quote."""
+        names = ((gpu.name.replace(" ", ""), f"{gpu.sold_gb} GB") for gpu in GPUS)
+        return items(names, incomplete.replace(" ", ""))
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,31 @@ from typing import NoReturn
 import click
 
 from quantkit import __version__
+from quantkit.cli.completion import complete_names
 from quantkit.errors import QuantkitError
 
-COMMANDS = ("demo", "estimate", "fit", "inspect", "quantize", "eval", "generate", "measure", "report")
+SECTIONS = {
+    "Know before you download": {
+        "estimate": "GPU memory at each precision and context, and whether it fits",
+        "fit": "the longest context that fits: by precision, or by GPU",
+        "inspect": "parameters by role, shapes, norm, RoPE, window, context",
+    },
+    "Make it smaller": {
+        "quantize": "write a model in int8, int4 or nf4",
+        "generate": "run it: stream text, in any precision",
+    },
+    "Measure what that costs": {
+        "eval": "perplexity of the original and of each precision",
+        "measure": "memory that runs really take, beside the estimate",
+    },
+    "Show": {
+        "demo": "all of it on a small real model, in a minute or two",
+        "report": "tables, charts and a page to calculate on, from records",
+        "completion": "make the shell complete names",
+    },
+}
+COMMANDS = tuple(name for section in SECTIONS.values() for name in section)
+NEED_WEIGHTS = ("quantize", "generate", "eval")
 INTERRUPTED, TERMINATED = 130, 143
 
 
@@ -31,19 +53,35 @@ class LazyGroup(click.Group):
         """Return the commands in the order of their use."""
         return list(COMMANDS)
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands before the few options that all have."""
+        self.format_commands(ctx, formatter)
+        click.Command.format_options(self, ctx, formatter)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands under their headings; none is imported for it."""
+        width = max(map(len, COMMANDS))
+        for title, section in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(width), line) for name, line in section.items()])
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import a command, None where there is none of that name."""
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"quantkit.cli.{cmd_name}")
         command: click.Command = module.command
+        complete_names(command, presets=cmd_name not in NEED_WEIGHTS)
         return command
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="quantkit")
 def cli() -> None:
-    """What a language model costs in GPU memory at each precision, and what that does to its quality."""
+    """What a language model costs in GPU memory at each precision, and what that does to its quality.
+
+    Every command has examples in its own --help; `quantkit estimate` needs nothing else.
+    """
 
 
 def run() -> NoReturn:

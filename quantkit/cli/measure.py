@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from calculators.units import format_bytes, format_gib, format_tokens
-from quantkit.cli import options
+from quantkit.cli import options, page, remarks
 from quantkit.config import ModelConfig
 from quantkit.presets import DEFAULT_PRESET
 
@@ -52,6 +53,13 @@ OWN_PROCESSES = 10
     help="Only save the allocator's events of small runs to this file, and hold the trace to them.",
 )  # fmt: skip
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Write a record.")
+@click.option("--json", "as_json", is_flag=True, help="Print the record's body as JSON.")
+@remarks.quiet
+@options.examples(
+    "measure --quick",
+    "measure path/to/model --scheme nf4 --context 8k -o record.json",
+    "measure --trace --scheme int4-g128 --context 4k --kv-bits 16",
+)
 def command(
     model: str,
     schemes: Sequence[str],
@@ -69,6 +77,7 @@ def command(
     verdicts: Sequence[options.Size],
     events: Path | None,
     output: Path | None,
+    as_json: bool,
 ) -> None:
     """Measure what MODEL takes of the first CUDA GPU, beside the estimate of the same.
 
@@ -87,7 +96,7 @@ def command(
     if subject.schemes:
         raise SchemeError(f"{config.name} is quantized already: measure the model that it was made from")
     if events:
-        _events(config, schemes, events)
+        _events(config, schemes, events, as_json)
         return
     if grid or quick:
         chosen = grids.full_grid() if grid else grids.quick_grid()
@@ -106,8 +115,11 @@ def command(
         body = _measure(config, _model_name(model, subject), every, attention, calibrate, memories, output)
     _write(output, body)
     if output:
-        click.echo(f"record: {output}", err=True)
-    click.echo(_text(body))
+        remarks.remark(f"record: {output}")
+    if as_json:
+        click.echo(json.dumps(body, indent=1))
+    else:
+        page.show(_text(body))
 
 
 def _write(path: Path | None, body: dict[str, Any]) -> None:
@@ -145,7 +157,7 @@ def _measure(
         }
         return made
 
-    with options.progress("measuring", len(cells)) as bar:
+    with remarks.progress("measuring", len(cells)) as bar:
         found = cuda.measure(
             config,
             grids.jobs(model, cells, attention),
@@ -153,7 +165,7 @@ def _measure(
             save=lambda part: _write(output, body(part)),
         )
     if calibrate:
-        click.echo(f"calibration: {_calibrate(found)}", err=True)
+        remarks.remark(f"calibration: {_calibrate(found)}")
     complete = body(found)
     if memories:
         schemes = list(dict.fromkeys(cell.scheme for cell in cells))
@@ -172,7 +184,7 @@ def _trace(config: ModelConfig, cells: Sequence[Cell], attention: str) -> dict[s
 
     platform = replace(ASSUMED_PLATFORM, attention=attention)
     rows = []
-    with options.progress("tracing", len(cells)) as bar:
+    with remarks.progress("tracing", len(cells)) as bar:
         for cell, beside in zip(cells, grids.estimated(config, cells, platform), strict=True):
             found = trace(config, get_scheme(cell.scheme), cell.workload, platform)
             rows.append(grids.joined(cell, grids.traced(found), beside))
@@ -234,17 +246,19 @@ def _calibrate(found: Measurement) -> Path:
     )
 
 
-def _events(config: ModelConfig, schemes: Sequence[str], path: Path) -> None:
-    import json
-
+def _events(config: ModelConfig, schemes: Sequence[str], path: Path, as_json: bool) -> None:
     from quantkit.measure.events import record_small_runs
     from quantkit.records import write_text
 
     runs = record_small_runs(config, schemes or ("bf16", "int4-g128", "nf4-dq"))
     write_text(path, json.dumps(runs) + "\n")
+    if as_json:
+        found = [{"scheme": run["scheme"], "difference": run["difference"]} for run in runs["runs"]]
+        click.echo(json.dumps({"events": str(path), "runs": found}, indent=1))
+        return
     for found in runs["runs"]:
         click.echo(f"{found['scheme']}: {found['difference'] or 'the trace asks for the same'}")
-    click.echo(f"events: {path}", err=True)
+    remarks.remark(f"events: {path}")
 
 
 def _text(body: dict[str, Any]) -> str:
@@ -263,7 +277,7 @@ def _text(body: dict[str, Any]) -> str:
             real, guess = row["measured"][part], row["estimated"][part]
             cells += [format_gib(real), format_gib(guess), f"{guess / real - 1:+.2%}"]
         rows.append(cells)
-    lines = [f"{body['model']} on {where}, in GiB", "", options.table(header, rows)]
+    lines = [f"{body['model']} on {where}, in GiB", "", page.table(header, rows)]
     for failure in body["failures"]:
         lines.append(
             f"failed: {failure['scheme']} at {format_tokens(failure['context'])}: {failure['error']}"

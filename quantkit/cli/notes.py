@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from calculators.units import format_gib, format_tokens
-from quantkit.cli import options
+from quantkit.cli import options, remarks
 from quantkit.cli.machine import AS_STORED, Machine
 from quantkit.config import ModelConfig
 from quantkit.estimate import Estimator
@@ -67,7 +67,7 @@ def warn_of_long_contexts(config: ModelConfig, contexts: Sequence[int]) -> None:
     """Warn on stderr of contexts that the model is not made for."""
     above = [format_tokens(context) for context in contexts if context > config.max_context]
     if above:
-        options.warn(
+        remarks.warn(
             f"{', '.join(above)}: above the {format_tokens(config.max_context)} tokens that {config.name} "
             "is made for"
         )

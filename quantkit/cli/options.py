@@ -1,19 +1,19 @@
-"""What commands share: parameter types, options, how a MODEL is found, tables and progress."""
+"""What commands share: parameter types, options, examples, and how a MODEL is found."""
 
 from __future__ import annotations
 
 import os
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from inspect import cleandoc
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from calculators.units import is_decimal_unit, parse_size, parse_tokens
+from quantkit.cli.remarks import Command, warn
 from quantkit.config import DTYPE_BITS, ModelConfig, config_from_json
 from quantkit.embedded import EMBEDDED_MODEL, embedded_path
 from quantkit.errors import CheckpointError, ConfigError
@@ -21,11 +21,7 @@ from quantkit.presets import PRESETS
 from quantkit.schemes import Indivisible, QuantScheme
 
 if TYPE_CHECKING:
-    from click._termui_impl import ProgressBar
-
     from quantkit.formats.checkpoint import Checkpoint
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 # More are refused as a slip of the pen.
 MOST_TOKENS = 1 << 24
@@ -139,6 +135,17 @@ def as_indivisible(text: str | None) -> Indivisible:
     return known[text] if text else "refuse"
 
 
+def examples(*lines: str) -> Callable[[Command], Command]:
+    """Add examples to the help of a command, below what its docstring says."""
+
+    def added(command: Command) -> Command:
+        shown = "\n".join(f"  quantkit {line}" for line in lines)
+        command.__doc__ = f"{cleandoc(command.__doc__ or '')}\n\n\b\nExamples:\n{shown}"
+        return command
+
+    return added
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model whose shapes are known, with or without weights.
@@ -235,40 +242,3 @@ def model_and(last: str) -> Callable[[Command], Command]:
 def _is_model(word: str) -> bool:
     known = word.lower() in PRESETS or embedded_path(word) is not None or word.endswith(".gguf")
     return known or os.path.exists(os.path.join(word, "config.json"))  # a prompt can be too long for a Path
-
-
-def warn(text: str) -> None:
-    """Print one line of warning on stderr."""
-    click.echo(f"Warning: {text}", err=True)
-
-
-def progress(label: str, length: int) -> AbstractContextManager[ProgressBar[int]]:
-    """Return a progress bar on stderr, hidden where that is no terminal; `update(n)` advances it."""
-    return click.progressbar(
-        length=length, label=label, file=sys.stderr, hidden=not sys.stderr.isatty(), show_pos=True
-    )
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return aligned plain-text columns: the first to the left, the others to the right."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(_line(line, widths) for line in lines)
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = [cells[0].ljust(widths[0])]
-    padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-    return "  ".join(padded).rstrip()
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Labelled lines below a table, their texts aligned."""
-
-    lines: list[tuple[str, str]] = field(default_factory=list)
-
-    def text(self, indent: str = "  ") -> str:
-        """Return the lines, each after `indent`."""
-        width = max((len(label) for label, _ in self.lines), default=0)
-        return "\n".join(f"{indent}{label.ljust(width)}  {text}" for label, text in self.lines)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantkit.cli import options
+from quantkit.cli import options, page, remarks
 
 if TYPE_CHECKING:
     from quantkit.quantize.convert import Conversion
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 @options.file_policy
 @click.option("--force", is_flag=True, help="Replace OUT where it is a model directory or empty.")
 @click.option("--json", "as_json", is_flag=True, help="Print errors and sizes as JSON.")
+@remarks.quiet
+@options.examples(
+    "quantize tiny-nf4 --scheme nf4",
+    "quantize path/to/model out/int4 --scheme int4-g128",
+    "quantize model.gguf out/int8 --scheme int8 --include lm_head",
+)
 def command(
     words: tuple[str, str],
     scheme: str,
@@ -48,9 +54,12 @@ def command(
     from quantkit.quantize.convert import convert
 
     policy = options.as_indivisible(indivisible)
-    with options.progress(f"writing {wanted.name}", checkpoint.config.parameters) as bar:
+    with remarks.progress(f"writing {wanted.name}", checkpoint.config.parameters) as bar:
         conversion = convert(checkpoint, out, wanted, include, exclude, policy, force, bar.update)
-    click.echo(json.dumps(_body(conversion), indent=1) if as_json else _text(conversion))
+    if as_json:
+        click.echo(json.dumps(_body(conversion), indent=1))
+    else:
+        page.show(_text(conversion))
 
 
 def _body(conversion: Conversion) -> dict[str, Any]:
@@ -86,7 +95,7 @@ def _text(conversion: Conversion) -> str:
         ]
         for row in conversion.worst_first
     ]
-    table = options.table(["matrix, worst first", "scheme", "SQNR dB", "before", "after"], rows)
+    table = page.table(["matrix, worst first", "scheme", "SQNR dB", "before", "after"], rows)
     before, after = conversion.bytes_before, conversion.bytes_after
     sizes = f"{format_bytes(before)} before, {format_bytes(after)} after ({after / before:.1%})"
     return (f"{table}\n\n" if rows else "") + f"all weights: {sizes}\n{conversion.out}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from quantkit.cli import options
+from quantkit.cli import options, remarks
 
 PAGE_MODELS = ("mistral-7b-instruct-v0.2", "llama-3.1-8b", "qwen2.5-7b", "tinyllama-1.1b")
 
@@ -35,7 +36,16 @@ PAGE_MODELS = ("mistral-7b-instruct-v0.2", "llama-3.1-8b", "qwen2.5-7b", "tinyll
     metavar="MODEL",
     help=f"A model to choose on the page, repeatable [default: {', '.join(PAGE_MODELS)}].",
 )
-def command(records: Sequence[Path], out: Path | None, html: Path | None, models: Sequence[str]) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the names of the files written as JSON.")
+@remarks.quiet
+@options.examples(
+    "report perplexity-tiny-mistral.json -o report",
+    "report records/*.json -o report --html page.html",
+    "report --html page.html --model llama-3.1-8b",
+)
+def command(
+    records: Sequence[Path], out: Path | None, html: Path | None, models: Sequence[str], as_json: bool
+) -> None:
     """Draw charts and tables from RECORDS, or write a page to calculate on.
 
     RECORDS are files that `quantkit estimate`, `quantkit eval` and `quantkit measure` wrote. From them alone
@@ -55,13 +65,17 @@ def command(records: Sequence[Path], out: Path | None, html: Path | None, models
             raise click.BadParameter(
                 f"{path} is a directory: name its records, such as {path}/*.json", param_hint="RECORDS"
             )
+    written: list[Path] = []
     if out:
-        from quantkit.report import build_report
+        with remarks.progress("drawing", len(records)) as bar:
+            from quantkit.report import build_report  # loads the plotting library, for a second
 
-        for written in build_report(records, out):
-            click.echo(written)
+            written += build_report(records, out, bar.update)
     if html:
         _write_page(records, html, list(dict.fromkeys(models)) or PAGE_MODELS)
+        written.append(html)
+    names = list(map(str, written))
+    click.echo(json.dumps({"written": names}, indent=1) if as_json else "\n".join(names))
 
 
 def _write_page(records: Sequence[Path], html: Path, models: Sequence[str]) -> None:
@@ -74,7 +88,6 @@ def _write_page(records: Sequence[Path], html: Path, models: Sequence[str]) -> N
         raise OutputError(f"{html} is one of the records; choose another file for the page")
     runs = [read_run(path) for path in records]
     configs = [options.find_model(model).config for model in models]
-    with options.progress("computing the page", len(configs)) as bar:
+    with remarks.progress("computing the page", len(configs)) as bar:
         page = build_page(configs, runs, bar.update)
     write_text(html, page)
-    click.echo(html)

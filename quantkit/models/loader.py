@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -23,6 +23,7 @@ def load(
     plan: Mapping[str, QuantScheme] | None = None,
     device: torch.device | str = "cpu",
     attention: str = "auto",
+    progress: Callable[[int], None] | None = None,
 ) -> Decoder:
     """Return a model ready to run.
 
@@ -33,6 +34,7 @@ def load(
             take the checkpoint's dtype first, so that this model is the one `quantkit quantize` writes.
         device: where the weights go.
         attention: as Decoder has it.
+        progress: called with the number of elements after each tensor.
 
     Raises:
         CheckpointError: a weight is NaN or infinite, or `plan` meets a model that is quantized already.
@@ -52,6 +54,8 @@ def load(
         else:
             kept = weight.to(stored) if plan else weight
             weights[spec.name] = kept.to(device, compute)
+        if progress:
+            progress(spec.elements)
     return Decoder(checkpoint.config, weights, compute, attention)
 
 

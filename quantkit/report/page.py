@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ PAGE = "report.md"
 Files = dict[str, str | bytes]  # by name
 
 
-def build_report(record_paths: Sequence[Path], out: Path) -> list[Path]:
+def build_report(
+    record_paths: Sequence[Path], out: Path, progress: Callable[[int], None] | None = None
+) -> list[Path]:
     """Write charts, tables and `report.md` of the records into `out`, and return what was written.
 
     Every record is read and everything is drawn before the first file is written; each file appears
-    whole or not at all, and replaces one of its name.
+    whole or not at all, and replaces one of its name. `progress` is told of each record that is drawn.
 
     Raises:
         RecordError: a record cannot be read or lacks what a report needs.
@@ -43,6 +45,8 @@ def build_report(record_paths: Sequence[Path], out: Path) -> list[Path]:
         made, section = _section(run, stem)
         files |= made
         sections.append(section.rstrip("\n") + "\n\n" + _provenance(run.source, out))
+        if progress:
+            progress(1)
     count = "one record" if len(runs) == 1 else f"{len(runs)} records"
     files[PAGE] = "\n".join([f"# quantkit report\n\nMade from {count} alone.\n", *sections])
     _protect_records(record_paths, [out / name for name in files])
