@@ -168,7 +168,9 @@ def save(model: MistralForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     """Write config, bf16 weights and tokenizer as transformers lays them out."""
     model.to(torch.bfloat16).save_pretrained(out)
     config = json.loads((out / "config.json").read_text())
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where readers from before 2026 look for it
+    config["rope_theta"] = config["rope_parameters"][
+        "rope_theta"
+    ]  # where readers from before 2026 look for it
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save(str(out / "tokenizer.json"))
     settings = {

@@ -59,5 +59,5 @@ def test_a_step_that_fails_ends_the_demo(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "quantkit", "demo", "-o", str(tmp_path)], capture_output=True, text=True
     )
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stdout.count("$ quantkit") == 1
