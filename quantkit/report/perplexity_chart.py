@@ -18,7 +18,7 @@ from quantkit.report.style import DPI, HALO, footnote, look, new_figure, styled,
 
 @styled
 def perplexity_by_size(run: PerplexityRun) -> Figure:
-    """Draw perplexity with its standard error over weight size, every point labelled."""
+    """Draw perplexity over weight size, every point labelled, with the error of its difference to the original."""
     width, height = 9.0, 5.2
     original = run.results[0]
     title = f"Perplexity by weight size: {title_name(run.model, width)}"
@@ -27,7 +27,7 @@ def perplexity_by_size(run: PerplexityRun) -> Figure:
     axes = figure.add_axes((0.75 / width, 0.98 / height, 1 - 0.95 / width, 1 - 1.72 / height))
     name, unit = ("GiB", GIB) if original.weights_bytes >= GIB else ("MiB", MIB)
     points = [(result.weights_bytes / unit, result.perplexity) for result in run.results]
-    errors = [result.standard_error or 0.0 for result in run.results]
+    errors = [result.bar or 0.0 for result in run.results]
     axes.set_xscale("log", base=2)
     _limits(axes, points, errors)
     base = points[0][1]
@@ -50,8 +50,8 @@ def perplexity_by_size(run: PerplexityRun) -> Figure:
     footnote(
         figure,
         f"Text: {run.text}. Window {run.window}, stride {run.stride}, {run.tokens_scored:,} tokens scored, "
-        f"computed in {run.dtype}.\nBars: ± standard error over windows. All score the same tokens, so the "
-        "errors largely move together: the table has those of the differences.",
+        f"computed in {run.dtype}.\nBand and the original's bar: ± its standard error over windows. Other bars: "
+        "that of the difference to it, over paired windows, where the record has it.",
     )
     return figure
 
@@ -64,7 +64,7 @@ def _draw_points(axes: Axes, run: PerplexityRun, points: Sequence[tuple[float, f
         axes.errorbar(
             [x],
             [y],
-            None if result.standard_error is None else [result.standard_error],
+            None if result.bar is None else [result.bar],
             color=shown.color,
             marker=shown.marker,
             markerfacecolor=shown.face,

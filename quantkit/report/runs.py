@@ -119,6 +119,11 @@ class Result:
     difference: float | None
     difference_standard_error: float | None = None
 
+    @property
+    def bar(self) -> float | None:
+        """The error to draw: that of the difference where the windows were paired, else the perplexity's own."""
+        return self.difference_standard_error or self.standard_error
+
 
 @dataclass(frozen=True)
 class PerplexityRun:

@@ -78,7 +78,7 @@ def perplexity_body(model: str = "mistralai/Mistral-7B-Instruct-v0.2") -> dict[s
             "weights_bytes": WEIGHTS.get(scheme, 2 * WEIGHTS["bf16"]),
             "tokens_per_second": 1234.56,
             "difference": perplexity - 4.42,
-            "difference_standard_error": error / 10,
+            "difference_standard_error": 0.0 if scheme == "fp32" else error / 10,
         }
         for scheme, (perplexity, error) in PERPLEXITIES.items()
     ]

@@ -312,8 +312,7 @@ class Page {
         $("records").append(section);
       }
       const traces = record.series.map((series) => ({
-        type: "scatter", mode: series.text ? "markers+text" : "markers", x: series.x, y: series.y, name: series.name,
-        text: series.text, textposition: "top center", marker: { size: 10, color: series.color === "#000000" ? paint("ink") : series.color },
+        type: "scatter", mode: "markers", x: series.x, y: series.y, name: series.name, marker: { size: 10, color: series.color === "#000000" ? paint("ink") : series.color },
         error_y: series.error ? { type: "data", array: series.error, color: paint("faint") } : undefined,
         hovertemplate: `%{x:.4g}, %{y:.5g}<extra>${series.name}</extra>`,
       }));
@@ -321,7 +320,7 @@ class Page {
         traces.push({ type: "scatter", mode: "lines", ...record.line, line: { color: paint("faint"), width: 1 }, hoverinfo: "skip", showlegend: false });
       }
       draw(record.id, traces, {
-        showlegend: !record.series[0].text, legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
+        showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
         xaxis: { title: { text: record.x }, type: record.x_scale }, yaxis: { title: { text: record.y }, type: record.y_scale },
       });
     }

@@ -24,9 +24,9 @@ def record_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _perplexity(run: PerplexityRun) -> dict[str, Any]:
     return {
         "title": f"Perplexity against size: {display_name(run.model)}",
-        "note": f"{run.tokens_scored:,} tokens of {run.text} in windows of {run.window:,}, computed in {run.dtype}; "
-        "bars are standard errors. All precisions score the same tokens, so that their errors move together. "
-        f"Recorded {run.source.created}.",
+        "note": f"{run.tokens_scored:,} tokens of {run.text} in windows of {run.window:,}, computed in {run.dtype}. "
+        "The original's bar is its standard error; the others' are those of the difference to it, over paired "
+        f"windows, where the record has them. Recorded {run.source.created}.",
         "x": "weights (MiB)",
         "y": "perplexity",
         "x_scale": "linear",
@@ -37,8 +37,7 @@ def _perplexity(run: PerplexityRun) -> dict[str, Any]:
                 "name": run.label(result),
                 "x": [result.weights_bytes / MIB],
                 "y": [result.perplexity],
-                "error": None if result.standard_error is None else [result.standard_error],
-                "text": [run.label(result)],
+                "error": None if result.bar is None else [result.bar],
                 "color": look(result.scheme, index).color,
             }
             for index, result in enumerate(run.results)
@@ -72,7 +71,6 @@ def _measured(run: MeasureRun) -> dict[str, Any]:
                 "x": [measured for measured, _ in pairs[scheme]],
                 "y": [estimated for _, estimated in pairs[scheme]],
                 "error": None,
-                "text": None,
                 "color": look(scheme, index).color,
             }
             for index, scheme in enumerate(schemes)
