@@ -87,6 +87,11 @@ def command(
     evaluation = run.Evaluation(
         checkpoint, source, window, stride, limit_tokens, caches or (None,), kv_group, dtype
     )
+    if evaluation.windows.window > checkpoint.config.max_context:
+        remarks.warn(
+            f"windows of {evaluation.windows.window:,} tokens exceed the {checkpoint.config.max_context:,} of "
+            f"{checkpoint.config.name}"
+        )
     with remarks.progress(
         "evaluating", evaluation.n_windows * (1 + len(wanted)) * len(evaluation.kv_bits)
     ) as bar:
@@ -103,16 +108,20 @@ def command(
 
 def _text(evaluation: Evaluation, body: dict[str, Any]) -> str:
     protocol = body["protocol"]
+
+    def known(error: float) -> str:  # one window leaves it open
+        return f" ± {error:.4f}" if protocol["windows"] > 1 else ""
+
     rows = [
         [
             result["scheme"],
             str(result["kv_bits"]),
-            f"{result['perplexity']:.4f} ± {result['standard_error']:.4f}",
-            f"{result['difference']:+.4f} ± {result['difference_standard_error']:.4f}",
+            f"{result['perplexity']:.4f}" + known(result["standard_error"]),
+            f"{result['difference']:+.4f}" + known(result["difference_standard_error"]) if index else "",
             f"{result['tokens_per_second']:,.0f}",
             f"{result['weights_bytes']:,}",
         ]
-        for result in body["results"]
+        for index, result in enumerate(body["results"])
     ]
     header = ["scheme", "KV bits", "perplexity", "difference", "tokens/s", "weight bytes"]
     short = ["scheme", "KV", "perplexity", "difference", "tok/s", "bytes"]

@@ -107,6 +107,13 @@ def test_bad_input_is_one_clear_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_window_beyond_the_models_context_is_said(tmp_path: Path) -> None:
+    result = run("eval", "--window", "2049", "--limit-tokens", "2049", "-o", tmp_path / "record.json")
+    assert result.exit_code == 0
+    assert "windows of 2,049 tokens exceed the 2,048 of tiny-mistral" in result.stderr
+    assert "±" not in result.stdout  # one window leaves the errors open
+
+
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     result = run("eval", tmp_path / "absent")
     assert isinstance(result.exception, CheckpointError)
