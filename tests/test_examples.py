@@ -41,3 +41,15 @@ def test_quantize_a_matrix_lists_every_scheme() -> None:
     sqnr = {line.split()[0]: float(line.split()[-2]) for line in lines}
     assert sqnr["int8"] > 40
     assert sqnr["int4-g32"] > sqnr["int4-g64"] > sqnr["int4-g128"] > 19
+
+
+def test_the_embedded_models_divergence_is_in_the_order_of_theory() -> None:
+    """Each by at least 5%; NF4 and NF4-dq are alike."""
+    lines = run("divergence.py", "tiny-mistral", 4096).splitlines()
+    assert lines[0] == "4,096 tokens in 2 windows"
+    rows = [line.replace("±", "").split() for line in lines[1:]]
+    mean = {name: float(found) for name, found, _ in rows}
+    assert mean["int8"] < 0.02 * mean["int4-g32"]
+    assert mean["int4-g128"] > 1.05 * mean["int4-g64"] > 1.05**2 * mean["int4-g32"]
+    assert mean["int4-g128"] > 1.05 * mean["nf4"] > 1.05**2 * mean["int4-g32"]
+    assert abs(mean["nf4-dq"] / mean["nf4"] - 1) < 0.02
