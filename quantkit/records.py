@@ -54,16 +54,28 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file beside its place, then rename it there.
+    """Write a text file, as `write_bytes` does.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file beside its place, then rename it there; write straight into a device or a pipe.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
+        beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            beside.write_text(text, encoding="utf-8")
+            beside.write_bytes(content)
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from calculators.units import GIB, format_bytes
 from quantkit.errors import OutputError
-from quantkit.records import write_text
+from quantkit.records import write_bytes, write_text
 from quantkit.report import tables
 from quantkit.report.measured_charts import error_map, predicted_against_measured
 from quantkit.report.memory_charts import memory_panels, memory_totals
@@ -53,7 +53,7 @@ def build_report(
     _make_folder(out)
     for name, content in files.items():
         if isinstance(content, bytes):
-            _write_bytes(out / name, content)
+            write_bytes(out / name, content)
         else:
             write_text(out / name, content)
     return [out / name for name in files]
@@ -223,15 +223,3 @@ def _make_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out} cannot be written as a folder: {error.strerror}") from None
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    """Write a file beside its place, then rename it there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        beside.unlink(missing_ok=True)
