@@ -1,0 +1,6 @@
+// What each part of the extension adds to the module.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+void bind_isa(nanobind::module_& module);

@@ -1,0 +1,54 @@
+#include "isa.h"
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bindings.h"
+
+namespace {
+
+const char* const NAMES[] = {"portable", "avx2", "avx512", "avx512bf16"};
+
+Isa best() {
+#ifdef QUANTKIT_X86
+    __builtin_cpu_init();
+    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")))
+        return Isa::portable;
+    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
+        return Isa::avx2;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
+#else
+    return Isa::portable;
+#endif
+}
+
+// The names of all levels that this machine can run, the lowest first.
+std::vector<std::string> available() {
+    return {NAMES, NAMES + static_cast<int>(best()) + 1};
+}
+
+}  // namespace
+
+Isa isa() {
+    const char* wanted = std::getenv("QUANTKIT_ISA");
+    if (wanted == nullptr || *wanted == '\0') return best();
+    const auto names = available();
+    std::string known;
+    for (std::size_t level = 0; level < names.size(); ++level) {
+        if (names[level] == wanted) return static_cast<Isa>(level);
+        known += (level ? ", " : "") + names[level];
+    }
+    throw std::invalid_argument("QUANTKIT_ISA=" + std::string(wanted) + " cannot run here; this machine has " + known);
+}
+
+void bind_isa(nanobind::module_& module) {
+    module.def("isa", [] { return std::string(NAMES[static_cast<int>(isa())]); });
+    module.def("available_isas", &available);
+}
