@@ -5,5 +5,7 @@
 #include "bindings.h"
 
 NB_MODULE(_native, module) {
+    nanobind::set_leak_warnings(false);  // Python keeps layouts in caches until it exits
     bind_isa(module);
+    bind_linear(module);
 }

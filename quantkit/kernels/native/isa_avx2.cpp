@@ -1,0 +1,66 @@
+// AVX2 and FMA: vectors of eight floats.
+#include <immintrin.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "codebook.h"
+#include "kernels.h"
+
+namespace avx2 {
+namespace {
+
+constexpr int LANES = 8;
+typedef __m256 vf;
+constexpr int ROWS_DIRECT = 3, ROWS_TILE = 6, TILE_PANELS = 1, TILE_K = 1;
+
+template <Kind K>
+inline void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
+
+#include "product.inl"
+
+template <>
+inline void decode_f32<Kind::int8>(const uint8_t* codes, vf (*out)[PARTS]) {
+    for (int column = 0; column < BLOCK; ++column)
+        for (int part = 0; part < PARTS; ++part) {
+            const auto* at = reinterpret_cast<const __m128i*>(codes + column * PANEL + part * LANES);
+            out[column][part] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(at)));
+        }
+}
+
+template <>
+inline void decode_f32<Kind::int4>(const uint8_t* codes, vf (*out)[PARTS]) {
+    for (int part = 0; part < PARTS; ++part) {
+        const __m256i words = _mm256_load_si256(reinterpret_cast<const __m256i*>(codes) + part);
+#pragma GCC unroll 8
+        for (int column = 0; column < BLOCK; ++column)
+            out[column][part] =
+                _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 28 - 4 * column), 28));
+    }
+}
+
+template <>
+inline void decode_f32<Kind::nf4>(const uint8_t* codes, vf (*out)[PARTS]) {
+    const __m256 low = _mm256_loadu_ps(NF4_CODEBOOK), high = _mm256_loadu_ps(NF4_CODEBOOK + 8);
+    for (int part = 0; part < PARTS; ++part) {
+        const __m256i words = _mm256_load_si256(reinterpret_cast<const __m256i*>(codes) + part);
+#pragma GCC unroll 8
+        for (int column = 0; column < BLOCK; ++column) {
+            const __m256i index = _mm256_srli_epi32(words, 4 * column);  // its three lowest bits count
+            const __m256 half = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - 4 * column));
+            out[column][part] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
+                                                 _mm256_permutevar8x32_ps(high, index), half);
+        }
+    }
+}
+
+inline vf fused(vf sum, vf weights, float x) { return _mm256_fmadd_ps(weights, _mm256_set1_ps(x), sum); }
+
+#include "engines.inl"
+
+}  // namespace
+
+void product(const Product& p) { product_by<F32>(p); }
+
+}  // namespace avx2

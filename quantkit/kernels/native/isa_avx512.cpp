@@ -1,0 +1,31 @@
+// AVX-512: vectors of sixteen floats, a panel's width.
+#include <immintrin.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "codebook.h"
+#include "kernels.h"
+
+namespace avx512 {
+namespace {
+
+constexpr int LANES = 16;
+typedef __m512 vf;
+constexpr int ROWS_DIRECT = 4, ROWS_TILE = 12, TILE_PANELS = 2, TILE_K = 1;
+
+template <Kind K>
+inline void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
+
+#include "product.inl"
+
+#include "avx512.inl"
+
+#include "engines.inl"
+
+}  // namespace
+
+void product(const Product& p) { product_by<F32>(p); }
+
+}  // namespace avx512

@@ -1,0 +1,61 @@
+// Plain C++ on vectors of four floats, for any processor.
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "codebook.h"
+#include "kernels.h"
+
+namespace portable {
+namespace {
+
+constexpr int LANES = 4;
+typedef float vf __attribute__((vector_size(4 * LANES)));
+constexpr int ROWS_DIRECT = 2, ROWS_TILE = 2, TILE_PANELS = 1, TILE_K = 1;
+
+template <Kind K>
+inline void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
+
+#include "product.inl"
+
+template <>
+inline void decode_f32<Kind::int8>(const uint8_t* codes, vf (*out)[PARTS]) {
+    for (int column = 0; column < BLOCK; ++column)
+        for (int part = 0; part < PARTS; ++part)
+            for (int lane = 0; lane < LANES; ++lane)
+                out[column][part][lane] = static_cast<int8_t>(codes[column * PANEL + part * LANES + lane]);
+}
+
+template <Kind K>
+inline void decode_words(const uint8_t* codes, vf (*out)[PARTS]) {
+    for (int part = 0; part < PARTS; ++part)
+        for (int lane = 0; lane < LANES; ++lane) {
+            uint32_t word;
+            std::memcpy(&word, codes + 4 * (part * LANES + lane), 4);
+            for (int column = 0; column < BLOCK; ++column) {
+                const uint32_t code = word >> (4 * column) & 0xf;
+                out[column][part][lane] =
+                    K == Kind::nf4 ? NF4_CODEBOOK[code] : static_cast<float>(static_cast<int>(code ^ 8) - 8);
+            }
+        }
+}
+
+template <>
+inline void decode_f32<Kind::int4>(const uint8_t* codes, vf (*out)[PARTS]) {
+    decode_words<Kind::int4>(codes, out);
+}
+
+template <>
+inline void decode_f32<Kind::nf4>(const uint8_t* codes, vf (*out)[PARTS]) {
+    decode_words<Kind::nf4>(codes, out);
+}
+
+inline vf fused(vf sum, vf weights, float x) { return sum + weights * x; }
+
+#include "engines.inl"
+
+}  // namespace
+
+void product(const Product& p) { product_by<F32>(p); }
+
+}  // namespace portable

@@ -1,0 +1,92 @@
+// How a repacked matrix lies in memory, and the parameters of one multiplication.
+//
+// Rows are taken 16 at a time. Such a panel is one stream of bytes, read once from front to back:
+//
+//     codes | scales | zero points | nested scales | padding to 64 bytes
+//
+// Codes lie in blocks of 8 columns. A group is what shares a scale in each row; its columns are padded to whole
+// blocks with codes that meet zeros of x.
+//
+//     4 bits, 64 bytes a block: 32-bit word r belongs to row r; its low half holds columns 0 2 4 6 and its high
+//     half columns 1 3 5 7, least significant nibble first, so that one shift leaves a column in every 32-bit lane
+//     and a pair of neighbours in every pair of 16-bit lanes. int4 is two's complement.
+//     8 bits, 128 bytes a block: 16 bytes a column, byte r belongs to row r, two's complement.
+//
+// Scales: 16 a group, in the type they are stored in. Zero points (asymmetric int4): 8 bytes a group, low nibble
+// first, offset binary. Nested scales (NF4, double-quantized): the first block's place in its nested block (u32),
+// the offset (f32), and the panel's nested scales (f32).
+//
+// NF4's blocks run over the flattened matrix. Where they do not divide a row, every window of `block` columns
+// meets two of them: its codes are stored twice, each time with those of the other block replaced by the code of 0.
+#pragma once
+
+#include <cstdint>
+
+// Files are compiled for different instruction sets: a function emitted by one must not serve another.
+#define QUANTKIT_INLINE __attribute__((always_inline)) inline
+
+constexpr int64_t PANEL = 16;      // rows
+constexpr int64_t BLOCK = 8;       // columns
+constexpr int64_t NESTED = 256;    // scales that share a nested scale
+constexpr int NF4_ZERO_CODE = 7;
+
+enum class Kind : int { int8, int4, nf4 };
+enum class Type : int { f32, bf16, f16, nested };  // of scales; x and the result are f32 or bf16
+
+struct Layout {
+    Kind kind;
+    int64_t rows, cols;
+    int64_t group;  // columns that share a scale, cols where the whole row does; NF4: elements of a block
+    Type scale;
+    bool zeros;
+
+    QUANTKIT_INLINE bool ragged() const { return kind == Kind::nf4 && cols % group != 0; }
+    QUANTKIT_INLINE int64_t repeat() const { return ragged() ? 2 : 1; }
+    QUANTKIT_INLINE int64_t window() const { return group < cols ? group : cols; }
+    QUANTKIT_INLINE int64_t windows() const { return (cols + window() - 1) / window(); }
+    QUANTKIT_INLINE int64_t groups() const { return windows() * repeat(); }
+    // columns of a window, padded to whole blocks
+    QUANTKIT_INLINE int64_t width(int64_t index) const {
+        const int64_t left = cols - index * window();
+        const int64_t width = left < window() ? left : window();
+        return (width + BLOCK - 1) / BLOCK * BLOCK;
+    }
+    QUANTKIT_INLINE int64_t padded_cols() const { return (windows() - 1) * window() + width(windows() - 1); }
+    QUANTKIT_INLINE int64_t block_bytes() const { return PANEL * BLOCK * (kind == Kind::int8 ? 8 : 4) / 8; }
+    QUANTKIT_INLINE int64_t scale_bytes() const { return scale == Type::f32 ? 4 : scale == Type::nested ? 1 : 2; }
+    QUANTKIT_INLINE int64_t nested_scales() const {  // of a panel: enough wherever it starts
+        return scale == Type::nested ? (PANEL * groups() + NESTED - 2) / NESTED + 1 : 0;
+    }
+    QUANTKIT_INLINE int64_t panels() const { return (rows + PANEL - 1) / PANEL; }
+
+    QUANTKIT_INLINE int64_t scales_at() const { return padded_cols() / BLOCK * block_bytes() * repeat(); }
+    QUANTKIT_INLINE int64_t zeros_at() const { return scales_at() + groups() * PANEL * scale_bytes(); }
+    QUANTKIT_INLINE int64_t nested_at() const { return zeros_at() + (zeros ? groups() * PANEL / 2 : 0); }
+    QUANTKIT_INLINE int64_t panel_bytes() const {
+        const int64_t end = nested_at() + (scale == Type::nested ? 8 + 4 * nested_scales() : 0);
+        return (end + 63) / 64 * 64;
+    }
+    QUANTKIT_INLINE int64_t nbytes() const { return panels() * panel_bytes(); }
+};
+
+// y (m, rows) = x (m, cols) times the matrix transposed, plus bias (rows,) or null. Rows of x and y are contiguous.
+struct Product {
+    const Layout* layout;
+    const uint8_t* weight;
+    Type type;  // of x and y: f32 or bf16
+    const void* x;
+    void* y;
+    int64_t m;
+    const float* bias;
+    const float* map;  // the 256 values of nested scales' codes
+    int threads;
+};
+
+// Canonical parts of a matrix, as QuantizedTensor has them.
+struct Canonical {
+    const uint8_t* codes;
+    const uint8_t* scales;
+    const int32_t* zeros;        // or null
+    const float* nested_scales;  // or null
+    float nested_offset;
+};

@@ -1,0 +1,122 @@
+// Python's side of packing and multiplying: every argument is checked before a kernel runs.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "arrays.h"
+#include "bindings.h"
+#include "isa.h"
+#include "kernels.h"
+#include "pack.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+// See `Layout`; bound as a Python class that describes one matrix.
+Layout make_layout(const std::string& kind, int64_t rows, int64_t cols, int64_t group, const std::string& scale,
+                   bool zeros) {
+    Layout l{};
+    if (kind == "int8") l.kind = Kind::int8;
+    else if (kind == "int4") l.kind = Kind::int4;
+    else if (kind == "nf4") l.kind = Kind::nf4;
+    else throw std::invalid_argument("kind is '" + kind + "'; known are int8, int4, nf4");
+    if (scale == "float32") l.scale = Type::f32;
+    else if (scale == "bfloat16") l.scale = Type::bf16;
+    else if (scale == "float16") l.scale = Type::f16;
+    else if (scale == "uint8") l.scale = Type::nested;
+    else throw std::invalid_argument("scale is '" + scale + "'; known are float32, bfloat16, float16, uint8");
+    if (rows < 1 || cols < 1 || rows > (int64_t(1) << 31) || cols > (int64_t(1) << 31))
+        throw std::invalid_argument("rows and cols are " + std::to_string(rows) + " x " + std::to_string(cols) +
+                                    "; both must be 1 to 2**31");
+    if (group < 1 || (group < cols && group % BLOCK != 0) || (l.kind == Kind::nf4 && group % BLOCK != 0))
+        throw std::invalid_argument("group is " + std::to_string(group) + "; it must be a multiple of 8, or all of K");
+    if (l.scale == Type::nested && l.kind != Kind::nf4) throw std::invalid_argument("scale: only NF4's are nested");
+    if (zeros && l.kind != Kind::int4) throw std::invalid_argument("zeros: only int4 has zero points");
+    l.rows = rows, l.cols = cols, l.group = group, l.zeros = zeros;
+    if (l.scale == Type::nested && l.ragged()) l.scale = Type::f32;  // unfolded when packed
+    return l;
+}
+
+void pack_matrix(const Layout& l, const Array& codes, const Array& scales, const std::optional<Array>& zeros,
+                 const std::optional<Array>& nested_scales, float nested_offset, const std::optional<Array>& map,
+                 const Array& out, int threads) {
+    const bool nested = nested_scales.has_value();
+    const int64_t elements = l.rows * l.cols;
+    const int64_t blocks = l.kind == Kind::nf4 ? (elements + l.group - 1) / l.group : l.rows * l.groups();
+    check(codes, "codes", {nb::dtype<uint8_t>()},
+          l.kind == Kind::nf4 ? (elements + 1) / 2 : l.rows * (l.kind == Kind::int8 ? l.cols : (l.cols + 1) / 2));
+    check(scales, "scales", {nested ? nb::dtype<uint8_t>() : scale_dtype(l.scale)}, blocks);
+    if (nested != (l.scale == Type::nested || (l.ragged() && scales.dtype() == nb::dtype<uint8_t>())))
+        throw std::invalid_argument("nested_scales do not belong to this layout");
+    if (nested) {
+        check(*nested_scales, "nested_scales", {nb::dtype<float>()}, (blocks + NESTED - 1) / NESTED);
+        if (!map) throw std::invalid_argument("map is missing: nested scales need the values of their codes");
+        check(*map, "map", {nb::dtype<float>()}, 256);
+    }
+    if (zeros.has_value() != l.zeros) throw std::invalid_argument("zeros do not belong to this layout");
+    if (l.zeros) check(*zeros, "zeros", {nb::dtype<int32_t>()}, (l.rows + 7) / 8 * l.groups());
+    check(out, "out", {nb::dtype<uint8_t>()}, l.nbytes(), 64);
+    check_threads(threads);
+    const Canonical from{data<uint8_t>(codes), data<uint8_t>(scales), l.zeros ? data<int32_t>(*zeros) : nullptr,
+                         nested ? data<float>(*nested_scales) : nullptr, nested_offset};
+    const float* values = nested ? data<float>(*map) : nullptr;
+    uint8_t* to = data<uint8_t>(out);
+    nb::gil_scoped_release release;
+    pack(l, from, values, to, threads);
+}
+
+void multiply(const Layout& l, const Array& weight, const Array& x, const Array& out,
+              const std::optional<Array>& bias, const std::optional<Array>& map, int threads) {
+    check(weight, "weight", {nb::dtype<uint8_t>()}, l.nbytes(), 64);
+    check(x, "x", {nb::dtype<float>(), BF16});
+    if (x.ndim() != 2 || static_cast<int64_t>(x.shape(1)) != l.cols)
+        throw std::invalid_argument("x must have shape (rows, " + std::to_string(l.cols) + ")");
+    const int64_t m = x.shape(0);
+    check(out, "out", {x.dtype()}, m * l.rows);
+    if (bias) check(*bias, "bias", {nb::dtype<float>()}, l.rows);
+    if (l.scale == Type::nested) {
+        if (!map) throw std::invalid_argument("map is missing: nested scales need the values of their codes");
+        check(*map, "map", {nb::dtype<float>()}, 256);
+    }
+    check_threads(threads);
+    if (m == 0) return;
+    const Product p{&l, data<uint8_t>(weight), x.dtype() == BF16 ? Type::bf16 : Type::f32, x.data(), out.data(), m,
+                    bias ? data<float>(*bias) : nullptr, map ? data<float>(*map) : nullptr, threads};
+    const Isa level = isa();
+    nb::gil_scoped_release release;
+    switch (level) {
+#ifdef QUANTKIT_X86
+        case Isa::avx512bf16: return avx512bf16::product(p);
+        case Isa::avx512: return avx512::product(p);
+        case Isa::avx2: return avx2::product(p);
+#endif
+        default: return portable::product(p);
+    }
+}
+
+}  // namespace
+
+void bind_linear(nb::module_& module) {
+    nb::class_<Layout>(module, "Layout")
+        .def("__init__",
+             [](Layout* self, const std::string& kind, int64_t rows, int64_t cols, int64_t group,
+                const std::string& scale, bool zeros) {
+                 new (self) Layout(make_layout(kind, rows, cols, group, scale, zeros));
+             },
+             nb::arg("kind"), nb::arg("rows"), nb::arg("cols"), nb::arg("group"), nb::arg("scale"), nb::arg("zeros"))
+        .def_prop_ro("nbytes", &Layout::nbytes)
+        .def_prop_ro("panel_bytes", &Layout::panel_bytes);
+    module.def("pack", &pack_matrix, nb::arg("layout"), nb::arg("codes").noconvert(), nb::arg("scales").noconvert(),
+               nb::arg("zeros").noconvert().none(), nb::arg("nested_scales").noconvert().none(),
+               nb::arg("nested_offset"), nb::arg("map").noconvert().none(), nb::arg("out").noconvert(),
+               nb::arg("threads"));
+    module.def("multiply", &multiply, nb::arg("layout"), nb::arg("weight").noconvert(), nb::arg("x").noconvert(),
+               nb::arg("out").noconvert(), nb::arg("bias").noconvert().none(), nb::arg("map").noconvert().none(),
+               nb::arg("threads"));
+}

@@ -1,0 +1,357 @@
+// Fused dequantize and multiply, written once and compiled for each instruction set.
+//
+// The including file opens a namespace and defines, before it includes this:
+//     vf               a vector of LANES floats, with + and *
+//     ROWS_DIRECT      up to so many rows of x, codes are decoded in registers
+//     ROWS_TILE        beyond that, tiles of TILE_PANELS panels are decoded once and meet blocks of so many rows
+//     engines          how codes become factors: see `product` in the isa files
+//
+// An engine has:
+//     X, W             an element of x as the engine takes it, a vector of weights
+//     UNITS            X of a row in a block of 8 columns
+//     KIND, FACTOR     what it decodes; what it multiplied the weights by
+//     TAKES_BF16       an X is a pair of bfloat16, as they lie in x
+//     decode(bytes, W[UNITS][PARTS]); fma(vf, W, X) -> vf; pack(float[BLOCK], X[UNITS])
+//
+// Each result is summed by one thread in a fixed order: results do not depend on the number of threads.
+
+constexpr int PARTS = PANEL / LANES;
+constexpr int64_t AHEAD = 8192;  // bytes; hardware prefetchers stop at 4 KiB pages
+constexpr int64_t TILE_UNITS = 128 * TILE_K;
+constexpr int64_t MAX_ROWS = 512;  // of x that share a pass over the weights
+
+// Memory that a thread keeps for its next call.
+template <int ID>
+void* scratch(std::size_t bytes) {
+    struct Kept {
+        void* data = nullptr;
+        std::size_t size = 0;
+        ~Kept() { std::free(data); }
+    };
+    thread_local Kept kept;
+    if (kept.size < bytes) {
+        std::free(kept.data);
+        kept.size = (bytes + 4095) / 4096 * 4096;
+        kept.data = std::aligned_alloc(64, kept.size);
+        if (kept.data == nullptr) {
+            kept.size = 0;
+            std::abort();
+        }
+    }
+    return kept.data;
+}
+
+constexpr float from_bf16(uint16_t bits) { return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16); }
+
+constexpr uint16_t to_bf16(float value) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
+    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float from_f16(uint16_t half) {
+    const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+    const uint32_t magnitude = half & 0x7fffu;
+    if (magnitude < 0x0400u) {
+        const float value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+        return sign ? -value : value;
+    }
+    const uint32_t bits = sign | (magnitude >= 0x7c00u ? 0x7f800000u | (magnitude & 0x3ffu) << 13
+                                                       : (magnitude << 13) + 0x38000000u);
+    return __builtin_bit_cast(float, bits);
+}
+
+inline float element(const Product& p, int64_t row, int64_t column) {
+    const int64_t at = row * p.layout->cols + column;
+    return p.type == Type::f32 ? static_cast<const float*>(p.x)[at] : from_bf16(static_cast<const uint16_t*>(p.x)[at]);
+}
+
+// A panel's nested scales, read once.
+struct Nested {
+    uint32_t start = 0;
+    float offset = 0;
+    const float* scales = nullptr;
+
+    Nested(const Layout& l, const uint8_t* panel) {
+        if (l.scale != Type::nested) return;
+        std::memcpy(&start, panel + l.nested_at(), 4);
+        std::memcpy(&offset, panel + l.nested_at() + 4, 4);
+        scales = reinterpret_cast<const float*>(panel + l.nested_at() + 8);
+    }
+};
+
+// Scales of a group, times `factor`.
+inline void load_scales(const Product& p, const uint8_t* panel, const Nested& nested, int64_t group, float factor,
+                        float* out) {
+    const Layout& l = *p.layout;
+    const uint8_t* at = panel + l.scales_at() + group * PANEL * l.scale_bytes();
+    if (l.scale == Type::f32) {
+        const float* values = reinterpret_cast<const float*>(at);
+        for (int lane = 0; lane < PANEL; ++lane) out[lane] = values[lane] * factor;
+    } else if (l.scale == Type::bf16) {
+        const uint16_t* values = reinterpret_cast<const uint16_t*>(at);
+        for (int lane = 0; lane < PANEL; ++lane) out[lane] = from_bf16(values[lane]) * factor;
+    } else if (l.scale == Type::f16) {
+        const uint16_t* values = reinterpret_cast<const uint16_t*>(at);
+        for (int lane = 0; lane < PANEL; ++lane) out[lane] = from_f16(values[lane]) * factor;
+    } else {
+        const int64_t stride = l.cols / l.group;  // blocks of a row; a ragged matrix keeps no nested scales
+        for (int lane = 0; lane < PANEL; ++lane) {
+            const float scale = nested.scales[(nested.start + lane * stride + group) / NESTED];
+            out[lane] = (p.map[at[lane]] * scale + nested.offset) * factor;
+        }
+    }
+}
+
+// Scales times what the zero points take off: the zero point less the middle code.
+inline void load_zeros(const Layout& l, const uint8_t* panel, int64_t group, const float* scales, float* out) {
+    const uint8_t* at = panel + l.zeros_at() + group * PANEL / 2;
+    for (int lane = 0; lane < PANEL; ++lane)
+        out[lane] = scales[lane] * static_cast<float>(((at[lane / 2] >> (lane % 2 * 4)) & 0xf) - 8);
+}
+
+inline void store(const Product& p, int64_t panel, int64_t row, const float* totals) {
+    const Layout& l = *p.layout;
+    const int64_t first = panel * PANEL;
+    const int64_t lanes = l.rows - first < PANEL ? l.rows - first : PANEL;
+    alignas(64) float values[PANEL];
+    for (int64_t lane = 0; lane < PANEL; ++lane) values[lane] = totals[lane];
+    if (p.bias != nullptr)
+        for (int64_t lane = 0; lane < lanes; ++lane) values[lane] += p.bias[first + lane];
+    const int64_t at = row * l.rows + first;
+    if (p.type == Type::f32) {
+        std::memcpy(static_cast<float*>(p.y) + at, values, lanes * sizeof(float));
+    } else {
+        uint16_t* y = static_cast<uint16_t*>(p.y) + at;
+        if (lanes == PANEL)
+            for (int64_t lane = 0; lane < PANEL; ++lane) y[lane] = to_bf16(values[lane]);
+        else
+            for (int64_t lane = 0; lane < lanes; ++lane) y[lane] = to_bf16(values[lane]);
+    }
+}
+
+// Rows of x in blocks of nearly equal size, each interleaved so that a kernel reads it in one stream.
+struct Blocks {
+    int64_t rows, count;
+    Blocks(int64_t m, int64_t most) : rows(m), count((m + most - 1) / most) {}
+    int64_t start(int64_t block) const { return rows * block / count; }
+    int64_t size(int64_t block) const { return start(block + 1) - start(block); }
+};
+
+template <class E>
+void pack_block(const Product& p, int64_t first, int64_t rows, typename E::X* out) {
+    const Layout& l = *p.layout;
+    const int64_t blocks = l.padded_cols() / BLOCK;
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t block = 0; block < blocks; ++block) {
+            typename E::X units[E::UNITS];
+            const int64_t left = l.cols - block * BLOCK;
+            if (E::TAKES_BF16 && left >= BLOCK) {
+                const auto* x = static_cast<const uint16_t*>(p.x) + (first + row) * l.cols + block * BLOCK;
+                std::memcpy(units, x, sizeof units);
+            } else {
+                alignas(32) float values[BLOCK];
+                for (int64_t column = 0; column < BLOCK; ++column)
+                    values[column] = column < left ? element(p, first + row, block * BLOCK + column) : 0.0f;
+                E::pack(values, units);
+            }
+            for (int unit = 0; unit < E::UNITS; ++unit) out[(block * E::UNITS + unit) * rows + row] = units[unit];
+        }
+    }
+}
+
+// Sums of each row's windows (m, windows): what zero points multiply.
+inline void window_sums(const Product& p, int64_t first, int64_t rows, float* out) {
+    const Layout& l = *p.layout;
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t window = 0; window < l.windows(); ++window) {
+            const int64_t start = window * l.window();
+            const int64_t stop = start + l.window() < l.cols ? start + l.window() : l.cols;
+            float sum = 0;
+            for (int64_t column = start; column < stop; ++column) sum += element(p, first + row, column);
+            out[row * l.windows() + window] = sum;
+        }
+}
+
+inline vf load(const float* at) {
+    vf value;
+    std::memcpy(&value, at, sizeof(vf));
+    return value;
+}
+
+// One panel by a few rows, codes decoded in registers.
+template <class E, int M>
+void direct(const Product& p, int64_t panel_index, const typename E::X* x, const float* sums) {
+    const Layout& l = *p.layout;
+    constexpr int CHAINS = M == 1 ? 4 : M == 2 ? 2 : 1;
+    const uint8_t* panel = p.weight + panel_index * l.panel_bytes();
+    const uint8_t* codes = panel;
+    const Nested nested(l, panel);
+    const int64_t repeat = l.repeat(), groups = l.groups(), window_units = l.window() / BLOCK * E::UNITS * M;
+    vf totals[M][PARTS] = {};
+    for (int64_t group = 0; group < groups; ++group) {
+        const int64_t window = group / repeat;
+        const int64_t blocks = l.width(window) / BLOCK;
+        const typename E::X* at = x + window * window_units;
+        vf sum[CHAINS][M][PARTS] = {};
+        for (int64_t block = 0; block < blocks; ++block) {
+            for (int64_t line = 0; line < E::BYTES; line += 64) __builtin_prefetch(codes + AHEAD + line);
+            typename E::W weights[E::UNITS][PARTS];
+            E::decode(codes, weights);
+#pragma GCC unroll 8
+            for (int unit = 0; unit < E::UNITS; ++unit)
+#pragma GCC unroll 8
+                for (int row = 0; row < M; ++row)
+#pragma GCC unroll 4
+                    for (int part = 0; part < PARTS; ++part)
+                        sum[unit % CHAINS][row][part] =
+                            E::fma(sum[unit % CHAINS][row][part], weights[unit][part], at[unit * M + row]);
+            codes += E::BYTES;
+            at += E::UNITS * M;
+        }
+        alignas(64) float scales[PANEL], zeros[PANEL];
+        load_scales(p, panel, nested, group, 1 / E::FACTOR, scales);
+        if (l.zeros) load_zeros(l, panel, group, scales, zeros);
+        for (int row = 0; row < M; ++row)
+            for (int part = 0; part < PARTS; ++part) {
+                vf whole = sum[0][row][part];
+                for (int chain = 1; chain < CHAINS; ++chain) whole += sum[chain][row][part];
+                totals[row][part] += whole * load(scales + part * LANES);
+                if (l.zeros) totals[row][part] -= load(zeros + part * LANES) * sums[row * l.windows() + window];
+            }
+    }
+    for (int row = 0; row < M; ++row) {
+        alignas(64) float values[PANEL];
+        std::memcpy(values, totals[row], sizeof values);
+        store(p, panel_index, row, values);
+    }
+}
+
+// A decoded tile by M rows: totals (M, TILE_PANELS * 16) += scales * (tile x).
+template <class E, int M>
+void micro(const typename E::W* tile, const typename E::X* x, int64_t units, const float* scales, float* totals) {
+    constexpr int WIDTH = TILE_PANELS * PARTS;
+    vf sum[M][WIDTH] = {};
+    for (int64_t unit = 0; unit < units; ++unit) {
+#pragma GCC unroll 16
+        for (int row = 0; row < M; ++row)
+#pragma GCC unroll 8
+            for (int part = 0; part < WIDTH; ++part) sum[row][part] = E::fma(sum[row][part], tile[part], x[row]);
+        tile += WIDTH;
+        x += M;
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < M; ++row)
+#pragma GCC unroll 8
+        for (int part = 0; part < WIDTH; ++part) {
+            float* at = totals + (row * WIDTH + part) * LANES;
+            const vf whole = load(at) + sum[row][part] * load(scales + part * LANES);
+            std::memcpy(at, &whole, sizeof whole);
+        }
+}
+
+template <class E>
+using Micro = void (*)(const typename E::W*, const typename E::X*, int64_t, const float*, float*);
+
+template <class E, std::size_t... I>
+Micro<E> micro_of(int64_t rows, std::index_sequence<I...>) {
+    static constexpr Micro<E> kernels[] = {micro<E, static_cast<int>(I) + 1>...};
+    return kernels[rows - 1];
+}
+
+// TILE_PANELS panels by up to MAX_ROWS rows.
+template <class E>
+void tiled(const Product& p, int64_t first, const Blocks& blocks, const typename E::X* x, const float* sums,
+           int64_t first_row) {
+    const Layout& l = *p.layout;
+    constexpr int64_t WIDTH = TILE_PANELS * PANEL, STEP = TILE_PANELS * PARTS;
+    const int64_t count = l.panels() - first < TILE_PANELS ? l.panels() - first : TILE_PANELS;
+    const int64_t units_of_row = l.padded_cols() / BLOCK * E::UNITS;
+    auto* tile = static_cast<typename E::W*>(scratch<1>(TILE_UNITS * STEP * sizeof(typename E::W)));
+    float* totals = static_cast<float*>(scratch<2>(blocks.rows * WIDTH * sizeof(float)));
+    std::memset(totals, 0, blocks.rows * WIDTH * sizeof(float));
+    if (count < TILE_PANELS) std::memset(static_cast<void*>(tile), 0, TILE_UNITS * STEP * sizeof(typename E::W));
+
+    int64_t codes_at = 0;
+    alignas(64) float scales[WIDTH] = {}, zeros[WIDTH] = {};
+    for (int64_t group = 0; group < l.groups(); ++group) {
+        const int64_t window = group / l.repeat();
+        const int64_t window_blocks = l.width(window) / BLOCK;
+        for (int64_t panel = 0; panel < count; ++panel) {
+            const uint8_t* bytes = p.weight + (first + panel) * l.panel_bytes();
+            load_scales(p, bytes, Nested(l, bytes), group, 1 / E::FACTOR, scales + panel * PANEL);
+            if (l.zeros) load_zeros(l, bytes, group, scales + panel * PANEL, zeros + panel * PANEL);
+        }
+        for (int64_t block = 0; block < window_blocks; block += TILE_UNITS / E::UNITS) {
+            const int64_t most = TILE_UNITS / E::UNITS;
+            const int64_t now = window_blocks - block < most ? window_blocks - block : most;
+            for (int64_t panel = 0; panel < count; ++panel) {
+                const uint8_t* codes = p.weight + (first + panel) * l.panel_bytes() + codes_at;
+                for (int64_t at = 0; at < now; ++at) {
+                    typename E::W weights[E::UNITS][PARTS];
+                    __builtin_prefetch(codes + at * E::BYTES + 1024);
+                    E::decode(codes + at * E::BYTES, weights);
+                    for (int unit = 0; unit < E::UNITS; ++unit)
+                        for (int part = 0; part < PARTS; ++part)
+                            tile[(at * E::UNITS + unit) * STEP + panel * PARTS + part] = weights[unit][part];
+                }
+            }
+            codes_at += now * E::BYTES;
+            const int64_t unit = (window * (l.window() / BLOCK) + block) * E::UNITS;
+            for (int64_t b = 0; b < blocks.count; ++b) {
+                const int64_t start = blocks.start(b), rows = blocks.size(b);
+                micro_of<E>(rows, std::make_index_sequence<ROWS_TILE>())(
+                    tile, x + start * units_of_row + unit * rows, now * E::UNITS, scales, totals + start * WIDTH);
+            }
+        }
+        if (l.zeros)
+            for (int64_t row = 0; row < blocks.rows; ++row)
+                for (int64_t lane = 0; lane < WIDTH; ++lane)
+                    totals[row * WIDTH + lane] -= zeros[lane] * sums[row * l.windows() + window];
+    }
+    for (int64_t panel = 0; panel < count; ++panel)
+        for (int64_t row = 0; row < blocks.rows; ++row)
+            store(p, first + panel, first_row + row, totals + row * WIDTH + panel * PANEL);
+}
+
+template <class E, std::size_t... I>
+auto direct_of(int64_t rows, std::index_sequence<I...>) {
+    using Direct = void (*)(const Product&, int64_t, const typename E::X*, const float*);
+    static constexpr Direct kernels[] = {direct<E, static_cast<int>(I) + 1>...};
+    return kernels[rows - 1];
+}
+
+template <class E>
+void run(const Product& p) {
+    const Layout& l = *p.layout;
+    const int64_t units = l.padded_cols() / BLOCK * E::UNITS;
+    for (int64_t first = 0; first < p.m; first += MAX_ROWS) {
+        const int64_t rows = p.m - first < MAX_ROWS ? p.m - first : MAX_ROWS;
+        const bool few = p.m <= ROWS_DIRECT;
+        const Blocks blocks(rows, few ? ROWS_DIRECT : ROWS_TILE);
+        auto* x = static_cast<typename E::X*>(scratch<3>(rows * units * sizeof(typename E::X)));
+        float* sums = l.zeros ? static_cast<float*>(scratch<4>(rows * l.windows() * sizeof(float))) : nullptr;
+        if (few) {
+            pack_block<E>(p, 0, rows, x);
+            if (l.zeros) window_sums(p, 0, rows, sums);
+        }
+#pragma omp parallel num_threads(p.threads)
+        {
+            if (few) {
+                const auto kernel = direct_of<E>(rows, std::make_index_sequence<ROWS_DIRECT>());
+#pragma omp for schedule(static)
+                for (int64_t panel = 0; panel < l.panels(); ++panel) kernel(p, panel, x, sums);
+            } else {
+#pragma omp for schedule(static)
+                for (int64_t block = 0; block < blocks.count; ++block) {
+                    const int64_t start = blocks.start(block), size = blocks.size(block);
+                    pack_block<E>(p, first + start, size, x + start * units);
+                    if (l.zeros) window_sums(p, first + start, size, sums + start * l.windows());
+                }
+#pragma omp for schedule(dynamic)
+                for (int64_t panel = 0; panel < l.panels(); panel += TILE_PANELS)
+                    tiled<E>(p, panel, blocks, x, sums, first);
+            }
+        }
+    }
+}
