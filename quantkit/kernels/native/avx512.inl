@@ -1,16 +1,25 @@
 // Decoding to float32 with AVX-512: one register holds a table of 16 floats.
 
+// Loads into a register: as an operand of every shift, the same bytes would be loaded again and again.
+inline __m512i load_once(const uint8_t* codes) {
+    __m512i words = _mm512_load_si512(codes);
+    __asm__("" : "+v"(words));
+    return words;
+}
+
 template <>
 inline void decode_f32<Kind::int8>(const uint8_t* codes, vf (*out)[PARTS]) {
-#pragma GCC unroll 8
-    for (int column = 0; column < BLOCK; ++column) {
-        const auto* at = reinterpret_cast<const __m128i*>(codes) + column;
-        out[column][0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128(at)));
+    for (int half = 0; half < 2; ++half) {
+        const __m512i words = _mm512_xor_si512(load_once(codes + 64 * half), _mm512_set1_epi8(-128));
+#pragma GCC unroll 4
+        for (int column = 0; column < 4; ++column)
+            out[4 * half + column][0] =
+                _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 24 - 8 * column), 24));
     }
 }
 
 inline void decode_by_table(const uint8_t* codes, const __m512 table, vf (*out)[PARTS]) {
-    const __m512i words = _mm512_load_si512(codes);
+    const __m512i words = load_once(codes);
 #pragma GCC unroll 8
     for (int column = 0; column < BLOCK; ++column)  // a lane's four lowest bits count
         out[column][0] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * column), table);
@@ -18,7 +27,7 @@ inline void decode_by_table(const uint8_t* codes, const __m512 table, vf (*out)[
 
 template <>
 inline void decode_f32<Kind::int4>(const uint8_t* codes, vf (*out)[PARTS]) {
-    decode_by_table(codes, _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1), out);
+    decode_by_table(codes, _mm512_loadu_ps(INT4_CODEBOOK), out);
 }
 
 template <>

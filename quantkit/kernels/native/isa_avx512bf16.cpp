@@ -1,4 +1,4 @@
-// AVX-512 with BF16: products of pairs of bfloat16, summed in float32, where x is bfloat16.
+// AVX-512 with BF16 and VNNI: bfloat16 x is multiplied in pairs and summed in float32, or as integers.
 #include <immintrin.h>
 
 #include <cstdlib>
@@ -18,13 +18,16 @@ constexpr int ROWS_DIRECT = 4, ROWS_TILE = 12, TILE_PANELS = 2, TILE_K = 1;
 template <Kind K>
 inline void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
 
+inline vf load_bf16(const uint16_t* at) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
 #include "product.inl"
 
 #include "avx512.inl"
 
 #include "engines.inl"
-
-constexpr float INT4_CODEBOOK[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
 
 // 32 bfloat16: the 16 values twice, so that the bit above a code does not matter.
 struct Table {
@@ -47,17 +50,16 @@ struct BF16 {
 
     static inline void decode(const uint8_t* codes, W (*out)[PARTS]) {
         if constexpr (K == Kind::int8) {
-            const auto* columns = reinterpret_cast<const __m128i*>(codes);
+            vf columns[BLOCK][PARTS];
+            decode_f32<K>(codes, columns);
 #pragma GCC unroll 4
-            for (int unit = 0; unit < UNITS; ++unit) {  // the upper half of a float is its bfloat16
-                const __m512 even = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128(columns + 2 * unit)));
-                const __m512 odd = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128(columns + 2 * unit + 1)));
-                out[unit][0] = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(even), 16),
-                                                       _mm512_castps_si512(odd));
-            }
+            for (int unit = 0; unit < UNITS; ++unit)  // the upper half of such a float is its bfloat16
+                out[unit][0] = _mm512_mask_blend_epi16(
+                    0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(columns[2 * unit][0]), 16),
+                    _mm512_castps_si512(columns[2 * unit + 1][0]));
         } else {
             const __m512i table = _mm512_load_si512(TABLE<K>.values);
-            const __m512i words = _mm512_load_si512(codes);
+            const __m512i words = load_once(codes);
 #pragma GCC unroll 4
             for (int unit = 0; unit < UNITS; ++unit)
                 out[unit][0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * unit), table);
@@ -74,12 +76,96 @@ struct BF16 {
     }
 };
 
+#include "integer.inl"
+
+// x in two planes of bytes, x = 256 * high + low, multiplied by VNNI.
+template <Kind K>
+struct Planes {
+    static constexpr int64_t MAX_CHUNK = 256, BYTES = BF16<K>::BYTES;
+    static constexpr float LIMIT = 32512, FACTOR = 1;
+    static constexpr int OFFSET = K == Kind::int8 ? 128 : 8;
+
+    static inline void split(const int* values, uint32_t* words, int (&sums)[2]) {
+        // as the bytes of a word of int8 codes, or the nibbles of int4's: low ones, then high ones
+        static constexpr int COLUMNS[2][8] = {{0, 1, 2, 3, 4, 5, 6, 7}, {0, 4, 1, 5, 2, 6, 3, 7}};
+        int8_t planes[2][BLOCK];
+        for (int index = 0; index < BLOCK; ++index) {
+            const int value = values[COLUMNS[K == Kind::int4][index]];
+            const int high = (value + 128) >> 8, low = value - 256 * high;
+            planes[0][index] = static_cast<int8_t>(high);
+            planes[1][index] = static_cast<int8_t>(low);
+            sums[0] += high;
+            sums[1] += low;
+        }
+        std::memcpy(words, planes, sizeof planes);
+    }
+
+    template <int M, int N>
+    static inline void dot(const uint8_t* codes, int64_t panel_bytes, int64_t blocks, const uint32_t* x,
+                           const int32_t* sums, vf (*out)[N][PARTS]) {
+        __m512i total[M][N][2][2];  // planes, halves of a block
+        for (int row = 0; row < M; ++row)
+            for (int n = 0; n < N; ++n)
+                for (int plane = 0; plane < 2; ++plane) {
+                    total[row][n][plane][0] = _mm512_set1_epi32(sums[2 * row + plane]);
+                    total[row][n][plane][1] = _mm512_setzero_si512();
+                }
+        for (int64_t block = 0; block < blocks; ++block) {
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n) {
+                const uint8_t* bytes = codes + n * panel_bytes;
+                __m512i halves[2];
+                __builtin_prefetch(bytes + AHEAD, 0, LOCALITY);
+                if constexpr (K == Kind::int8) {
+                    __builtin_prefetch(bytes + AHEAD + 64, 0, LOCALITY);
+                    halves[0] = load_once(bytes);
+                    halves[1] = load_once(bytes + 64);
+                } else {
+                    const __m512i words = load_once(bytes), nibble = _mm512_set1_epi8(0xf);
+                    halves[0] = _mm512_and_si512(words, nibble);
+                    halves[1] = _mm512_and_si512(_mm512_srli_epi32(words, 4), nibble);
+                }
+#pragma GCC unroll 4
+                for (int row = 0; row < M; ++row)
+#pragma GCC unroll 2
+                    for (int plane = 0; plane < 2; ++plane)
+#pragma GCC unroll 2
+                        for (int half = 0; half < 2; ++half) {
+                            const int word = static_cast<int>(x[row * WORDS + 2 * plane + half]);
+                            __m512i& into = total[row][n][plane][half];
+                            into = _mm512_dpbusd_epi32(into, halves[half], _mm512_set1_epi32(word));
+                        }
+            }
+            codes += BYTES;
+            x += M * WORDS;
+        }
+        for (int row = 0; row < M; ++row)
+            for (int n = 0; n < N; ++n) {
+                vf planes[2];
+                for (int plane = 0; plane < 2; ++plane)
+                    planes[plane] =
+                        _mm512_cvtepi32_ps(_mm512_add_epi32(total[row][n][plane][0], total[row][n][plane][1]));
+                out[row][n][0] = planes[0] * 256.0f + planes[1];
+            }
+    }
+};
+
+template <Kind K>
+void few_rows(const Product& p) {
+    switch (p.m) {
+        case 1: return run_integer<Planes<K>, 1>(p);
+        case 2: return run_integer<Planes<K>, 2>(p);
+        default: return run<BF16<K>>(p);
+    }
+}
+
 }  // namespace
 
 void product(const Product& p) {
-    // one row of int8 is cheaper to convert to float32
-    if (p.type == Type::f32 || (p.layout->kind == Kind::int8 && p.m == 1)) return product_by<F32>(p);
-    product_by<BF16>(p);
+    if (p.type == Type::f32) return product_by<F32>(p);
+    if (p.layout->kind == Kind::int8) return few_rows<Kind::int8>(p);
+    if (p.layout->kind == Kind::int4) return few_rows<Kind::int4>(p);
+    run<BF16<Kind::nf4>>(p);
 }
 
 }  // namespace avx512bf16

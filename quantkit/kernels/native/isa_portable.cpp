@@ -16,6 +16,15 @@ constexpr int ROWS_DIRECT = 2, ROWS_TILE = 2, TILE_PANELS = 1, TILE_K = 1;
 template <Kind K>
 inline void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
 
+inline vf load_bf16(const uint16_t* at) {
+    vf out;
+    for (int lane = 0; lane < LANES; ++lane) {
+        const uint32_t bits = static_cast<uint32_t>(at[lane]) << 16;
+        out[lane] = __builtin_bit_cast(float, bits);
+    }
+    return out;
+}
+
 #include "product.inl"
 
 template <>
@@ -23,7 +32,8 @@ inline void decode_f32<Kind::int8>(const uint8_t* codes, vf (*out)[PARTS]) {
     for (int column = 0; column < BLOCK; ++column)
         for (int part = 0; part < PARTS; ++part)
             for (int lane = 0; lane < LANES; ++lane)
-                out[column][part][lane] = static_cast<int8_t>(codes[column * PANEL + part * LANES + lane]);
+                out[column][part][lane] =
+                    static_cast<float>(codes[column / 4 * 64 + 4 * (part * LANES + lane) + column % 4] - 128);
 }
 
 template <Kind K>
@@ -35,7 +45,7 @@ inline void decode_words(const uint8_t* codes, vf (*out)[PARTS]) {
             for (int column = 0; column < BLOCK; ++column) {
                 const uint32_t code = word >> (4 * column) & 0xf;
                 out[column][part][lane] =
-                    K == Kind::nf4 ? NF4_CODEBOOK[code] : static_cast<float>(static_cast<int>(code ^ 8) - 8);
+                    K == Kind::nf4 ? NF4_CODEBOOK[code] : static_cast<float>(static_cast<int>(code) - 8);
             }
         }
 }

@@ -9,8 +9,9 @@
 //
 //     4 bits, 64 bytes a block: 32-bit word r belongs to row r; its low half holds columns 0 2 4 6 and its high
 //     half columns 1 3 5 7, least significant nibble first, so that one shift leaves a column in every 32-bit lane
-//     and a pair of neighbours in every pair of 16-bit lanes. int4 is two's complement.
-//     8 bits, 128 bytes a block: 16 bytes a column, byte r belongs to row r, two's complement.
+//     and a pair of neighbours in every pair of 16-bit lanes.
+//     8 bits, 128 bytes a block: 32-bit word r of the first half holds columns 0 1 2 3 of row r, of the second 4 5 6 7.
+//     int4 and int8 stay in offset binary, the code of 0 being 8 and 128.
 //
 // Scales: 16 a group, in the type they are stored in. Zero points (asymmetric int4): 8 bytes a group, low nibble
 // first, offset binary. Nested scales (NF4, double-quantized): the first block's place in its nested block (u32),
@@ -40,33 +41,44 @@ struct Layout {
     Type scale;
     bool zeros;
 
-    QUANTKIT_INLINE bool ragged() const { return kind == Kind::nf4 && cols % group != 0; }
-    QUANTKIT_INLINE int64_t repeat() const { return ragged() ? 2 : 1; }
-    QUANTKIT_INLINE int64_t window() const { return group < cols ? group : cols; }
-    QUANTKIT_INLINE int64_t windows() const { return (cols + window() - 1) / window(); }
-    QUANTKIT_INLINE int64_t groups() const { return windows() * repeat(); }
+    // derived
+    bool ragged;          // NF4 blocks that do not divide a row
+    int64_t window;       // columns of a window
+    int64_t windows;      // of a row; the last may be narrower
+    int64_t last_width;   // its columns, padded to whole blocks
+    int64_t repeat_bits;  // a window has 1 << repeat_bits groups
+    int64_t groups;
+    int64_t padded_cols;
+    int64_t scale_bytes;
+    int64_t nested_scales;  // of a panel: enough wherever it starts
+    int64_t panels;
+    int64_t scales_at, zeros_at, nested_at, panel_bytes;
+    int64_t nbytes;
+
+    QUANTKIT_INLINE Layout(Kind kind_, int64_t rows_, int64_t cols_, int64_t group_, Type scale_, bool zeros_)
+        : kind(kind_), rows(rows_), cols(cols_), group(group_), scale(scale_), zeros(zeros_) {
+        ragged = kind == Kind::nf4 && cols % group != 0;
+        if (ragged && scale == Type::nested) scale = Type::f32;  // unfolded when packed
+        window = group < cols ? group : cols;
+        windows = (cols + window - 1) / window;
+        last_width = (cols - (windows - 1) * window + BLOCK - 1) / BLOCK * BLOCK;
+        repeat_bits = ragged ? 1 : 0;
+        groups = windows << repeat_bits;
+        padded_cols = (windows - 1) * window + last_width;
+        scale_bytes = scale == Type::f32 ? 4 : scale == Type::nested ? 1 : 2;
+        nested_scales = scale == Type::nested ? (PANEL * groups + NESTED - 2) / NESTED + 1 : 0;
+        panels = (rows + PANEL - 1) / PANEL;
+        scales_at = PANEL * padded_cols * (kind == Kind::int8 ? 8 : 4) / 8 << repeat_bits;
+        zeros_at = scales_at + groups * PANEL * scale_bytes;
+        nested_at = zeros_at + (zeros ? groups * PANEL / 2 : 0);
+        const int64_t end = nested_at + (scale == Type::nested ? 8 + 4 * nested_scales : 0);
+        panel_bytes = (end + 63) / 64 * 64;
+        nbytes = panels * panel_bytes;
+    }
     // columns of a window, padded to whole blocks
     QUANTKIT_INLINE int64_t width(int64_t index) const {
-        const int64_t left = cols - index * window();
-        const int64_t width = left < window() ? left : window();
-        return (width + BLOCK - 1) / BLOCK * BLOCK;
+        return index + 1 < windows ? window : windows == 1 ? padded_cols : last_width;
     }
-    QUANTKIT_INLINE int64_t padded_cols() const { return (windows() - 1) * window() + width(windows() - 1); }
-    QUANTKIT_INLINE int64_t block_bytes() const { return PANEL * BLOCK * (kind == Kind::int8 ? 8 : 4) / 8; }
-    QUANTKIT_INLINE int64_t scale_bytes() const { return scale == Type::f32 ? 4 : scale == Type::nested ? 1 : 2; }
-    QUANTKIT_INLINE int64_t nested_scales() const {  // of a panel: enough wherever it starts
-        return scale == Type::nested ? (PANEL * groups() + NESTED - 2) / NESTED + 1 : 0;
-    }
-    QUANTKIT_INLINE int64_t panels() const { return (rows + PANEL - 1) / PANEL; }
-
-    QUANTKIT_INLINE int64_t scales_at() const { return padded_cols() / BLOCK * block_bytes() * repeat(); }
-    QUANTKIT_INLINE int64_t zeros_at() const { return scales_at() + groups() * PANEL * scale_bytes(); }
-    QUANTKIT_INLINE int64_t nested_at() const { return zeros_at() + (zeros ? groups() * PANEL / 2 : 0); }
-    QUANTKIT_INLINE int64_t panel_bytes() const {
-        const int64_t end = nested_at() + (scale == Type::nested ? 8 + 4 * nested_scales() : 0);
-        return (end + 63) / 64 * 64;
-    }
-    QUANTKIT_INLINE int64_t nbytes() const { return panels() * panel_bytes(); }
 };
 
 // y (m, rows) = x (m, cols) times the matrix transposed, plus bias (rows,) or null. Rows of x and y are contiguous.

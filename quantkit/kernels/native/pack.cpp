@@ -48,24 +48,23 @@ uint32_t split(uint32_t word) {
 }
 
 void pack_words(const Layout& l, const Canonical& from, int64_t first, uint8_t* to) {
-    const uint32_t flip = l.kind == Kind::int4 ? 0x88888888u : 0;  // offset binary to two's complement
     for (int64_t lane = 0; lane < PANEL; ++lane) {
         const bool inside = first + lane < l.rows;
         const int64_t row = inside ? first + lane : 0;
         const Nibbles nibbles(l, from.codes, row);
         uint8_t* at = to + 4 * lane;
-        for (int64_t group = 0; group < l.groups(); ++group) {
-            const int64_t window = group / l.repeat();
-            const int64_t begin = window * l.window();
-            int64_t start = begin, stop = begin + l.window() < l.cols ? begin + l.window() : l.cols;
-            if (l.ragged()) {  // the flat block that the window begins in, then the one after it
+        for (int64_t group = 0; group < l.groups; ++group) {
+            const int64_t window = group >> l.repeat_bits;
+            const int64_t begin = window * l.window;
+            int64_t start = begin, stop = begin + l.window < l.cols ? begin + l.window : l.cols;
+            if (l.ragged) {  // the flat block that the window begins in, then the one after it
                 const int64_t edge = ((row * l.cols + begin) / l.group + 1) * l.group - row * l.cols;
                 if (group % 2 == 0) stop = edge < stop ? edge : stop;
                 else start = edge < stop ? edge : stop;
             }
             if (!inside) start = stop;
             for (int64_t column = begin; column < begin + l.width(window); column += BLOCK, at += 4 * PANEL) {
-                const uint32_t word = split(nibbles.word(column, start, stop) ^ flip);
+                const uint32_t word = split(nibbles.word(column, start, stop));
                 std::memcpy(at, &word, 4);
             }
         }
@@ -73,12 +72,16 @@ void pack_words(const Layout& l, const Canonical& from, int64_t first, uint8_t* 
 }
 
 void pack_bytes(const Layout& l, const Canonical& from, int64_t first, uint8_t* to) {
-    const int64_t width = l.padded_cols();
+    constexpr int64_t WORD = 4;
     for (int64_t lane = 0; lane < PANEL; ++lane) {
         const uint8_t* row = from.codes + (first + lane) * l.cols;
         const int64_t inside = first + lane < l.rows ? l.cols : 0;
-        for (int64_t column = 0; column < inside; ++column) to[column * PANEL + lane] = row[column] ^ 0x80;
-        for (int64_t column = inside; column < width; ++column) to[column * PANEL + lane] = 0;
+        uint8_t* at = to + WORD * lane;
+        int64_t column = 0;
+        for (; column + WORD <= inside; column += WORD, at += WORD * PANEL) std::memcpy(at, row + column, WORD);
+        for (; column < l.padded_cols; column += WORD, at += WORD * PANEL)
+            for (int64_t index = 0; index < WORD; ++index)
+                at[index] = column + index < inside ? row[column + index] : 128;
     }
 }
 
@@ -88,15 +91,15 @@ float nested_scale(const Canonical& from, const float* map, int64_t block) {
 }
 
 void pack_scales(const Layout& l, const Canonical& from, const float* map, int64_t first, uint8_t* to) {
-    const int64_t size = l.scale_bytes(), groups = l.groups();
+    const int64_t size = l.scale_bytes, groups = l.groups;
     for (int64_t lane = 0; lane < PANEL; ++lane) {
         const int64_t row = first + lane;
         for (int64_t group = 0; group < groups; ++group) {
             uint8_t* at = to + (group * PANEL + lane) * size;
             if (row >= l.rows) {
                 std::memset(at, 0, size);
-            } else if (l.ragged()) {
-                const int64_t begin = row * l.cols + group / 2 * l.window();
+            } else if (l.ragged) {
+                const int64_t begin = row * l.cols + group / 2 * l.window;
                 const int64_t last = (l.rows * l.cols - 1) / l.group;  // a matrix may end before the second block
                 const int64_t next = begin / l.group + group % 2, block = next < last ? next : last;
                 float scale;
@@ -111,22 +114,22 @@ void pack_scales(const Layout& l, const Canonical& from, const float* map, int64
 }
 
 void pack_zeros(const Layout& l, const Canonical& from, int64_t first, uint8_t* to) {
-    std::memset(to, 0, l.groups() * PANEL / 2);
-    for (int64_t group = 0; group < l.groups(); ++group)
+    std::memset(to, 0, l.groups * PANEL / 2);
+    for (int64_t group = 0; group < l.groups; ++group)
         for (int64_t lane = 0; lane < PANEL && first + lane < l.rows; ++lane) {
             const int64_t row = first + lane;
-            const uint32_t word = static_cast<uint32_t>(from.zeros[row / 8 * l.groups() + group]);
+            const uint32_t word = static_cast<uint32_t>(from.zeros[row / 8 * l.groups + group]);
             to[group * PANEL / 2 + lane / 2] |= (word >> (row % 8 * 4) & 0xf) << (lane % 2 * 4);
         }
 }
 
 void pack_nested(const Layout& l, const Canonical& from, int64_t first, uint8_t* to) {
-    const int64_t begin = first * l.groups();
-    const int64_t last = (l.rows * l.groups() - 1) / NESTED;
+    const int64_t begin = first * l.groups;
+    const int64_t last = (l.rows * l.groups - 1) / NESTED;
     const uint32_t start = begin % NESTED;
     std::memcpy(to, &start, 4);
     std::memcpy(to + 4, &from.nested_offset, 4);
-    for (int64_t index = 0; index < l.nested_scales(); ++index) {
+    for (int64_t index = 0; index < l.nested_scales; ++index) {
         const int64_t at = begin / NESTED + index;
         const float scale = at <= last ? from.nested_scales[at] : 0.0f;
         std::memcpy(to + 8 + 4 * index, &scale, 4);
@@ -138,19 +141,19 @@ void pack_nested(const Layout& l, const Canonical& from, int64_t first, uint8_t*
 void pack(const Layout& layout, const Canonical& from, const float* map, uint8_t* to, int threads) {
     const Layout l = layout;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t panel = 0; panel < l.panels(); ++panel) {
-        uint8_t* at = to + panel * l.panel_bytes();
+    for (int64_t panel = 0; panel < l.panels; ++panel) {
+        uint8_t* at = to + panel * l.panel_bytes;
         const int64_t first = panel * PANEL;
         if (l.kind == Kind::int8) pack_bytes(l, from, first, at);
         else pack_words(l, from, first, at);
-        pack_scales(l, from, map, first, at + l.scales_at());
-        if (l.zeros) pack_zeros(l, from, first, at + l.zeros_at());
-        const int64_t nested = l.nested_at();
+        pack_scales(l, from, map, first, at + l.scales_at);
+        if (l.zeros) pack_zeros(l, from, first, at + l.zeros_at);
+        const int64_t nested = l.nested_at;
         int64_t end = nested;
         if (l.scale == Type::nested) {
             pack_nested(l, from, first, at + nested);
-            end += 8 + 4 * l.nested_scales();
+            end += 8 + 4 * l.nested_scales;
         }
-        std::memset(at + end, 0, l.panel_bytes() - end);
+        std::memset(at + end, 0, l.panel_bytes - end);
     }
 }

@@ -16,7 +16,10 @@
 // Each result is summed by one thread in a fixed order: results do not depend on the number of threads.
 
 constexpr int PARTS = PANEL / LANES;
-constexpr int64_t AHEAD = 8192;  // bytes; hardware prefetchers stop at 4 KiB pages
+#define LOC 2
+#define AH 4096
+constexpr int LOCALITY = LOC;
+constexpr int64_t AHEAD = AH;  // bytes; hardware prefetchers stop at 4 KiB pages
 constexpr int64_t TILE_UNITS = 128 * TILE_K;
 constexpr int64_t MAX_ROWS = 512;  // of x that share a pass over the weights
 
@@ -61,53 +64,53 @@ inline float from_f16(uint16_t half) {
     return __builtin_bit_cast(float, bits);
 }
 
+inline vf load(const float* at) {
+    vf value;
+    std::memcpy(&value, at, sizeof(vf));
+    return value;
+}
+
 inline float element(const Product& p, int64_t row, int64_t column) {
     const int64_t at = row * p.layout->cols + column;
     return p.type == Type::f32 ? static_cast<const float*>(p.x)[at] : from_bf16(static_cast<const uint16_t*>(p.x)[at]);
 }
 
-// A panel's nested scales, read once.
-struct Nested {
-    uint32_t start = 0;
-    float offset = 0;
-    const float* scales = nullptr;
-
-    Nested(const Layout& l, const uint8_t* panel) {
-        if (l.scale != Type::nested) return;
-        std::memcpy(&start, panel + l.nested_at(), 4);
-        std::memcpy(&offset, panel + l.nested_at() + 4, 4);
-        scales = reinterpret_cast<const float*>(panel + l.nested_at() + 8);
-    }
-};
-
-// Scales of a group, times `factor`.
-inline void load_scales(const Product& p, const uint8_t* panel, const Nested& nested, int64_t group, float factor,
-                        float* out) {
+// Scales of a group, times `factor`, as PARTS vectors.
+inline void load_scales(const Product& p, const uint8_t* panel, int64_t group, float factor, vf* out) {
     const Layout& l = *p.layout;
-    const uint8_t* at = panel + l.scales_at() + group * PANEL * l.scale_bytes();
+    const uint8_t* at = panel + l.scales_at + group * PANEL * l.scale_bytes;
     if (l.scale == Type::f32) {
-        const float* values = reinterpret_cast<const float*>(at);
-        for (int lane = 0; lane < PANEL; ++lane) out[lane] = values[lane] * factor;
+        for (int part = 0; part < PARTS; ++part) out[part] = load(reinterpret_cast<const float*>(at) + part * LANES);
     } else if (l.scale == Type::bf16) {
-        const uint16_t* values = reinterpret_cast<const uint16_t*>(at);
-        for (int lane = 0; lane < PANEL; ++lane) out[lane] = from_bf16(values[lane]) * factor;
-    } else if (l.scale == Type::f16) {
-        const uint16_t* values = reinterpret_cast<const uint16_t*>(at);
-        for (int lane = 0; lane < PANEL; ++lane) out[lane] = from_f16(values[lane]) * factor;
+        for (int part = 0; part < PARTS; ++part) out[part] = load_bf16(reinterpret_cast<const uint16_t*>(at) + part * LANES);
     } else {
-        const int64_t stride = l.cols / l.group;  // blocks of a row; a ragged matrix keeps no nested scales
-        for (int lane = 0; lane < PANEL; ++lane) {
-            const float scale = nested.scales[(nested.start + lane * stride + group) / NESTED];
-            out[lane] = (p.map[at[lane]] * scale + nested.offset) * factor;
+        alignas(64) float values[PANEL];
+        if (l.scale == Type::f16) {
+            for (int lane = 0; lane < PANEL; ++lane)
+                values[lane] = from_f16(reinterpret_cast<const uint16_t*>(at)[lane]);
+        } else {
+            const uint8_t* nested = panel + l.nested_at;
+            uint32_t start;
+            float offset;
+            std::memcpy(&start, nested, 4);
+            std::memcpy(&offset, nested + 4, 4);
+            const auto* scales = reinterpret_cast<const float*>(nested + 8);
+            for (int lane = 0; lane < PANEL; ++lane)
+                values[lane] = p.map[at[lane]] * scales[(start + lane * l.groups + group) / NESTED] + offset;
         }
+        for (int part = 0; part < PARTS; ++part) out[part] = load(values + part * LANES);
     }
+    if (factor != 1)
+        for (int part = 0; part < PARTS; ++part) out[part] = out[part] * factor;
 }
 
-// Scales times what the zero points take off: the zero point less the middle code.
-inline void load_zeros(const Layout& l, const uint8_t* panel, int64_t group, const float* scales, float* out) {
-    const uint8_t* at = panel + l.zeros_at() + group * PANEL / 2;
+// Zero points of a group, less the middle code.
+inline void load_zeros(const Layout& l, const uint8_t* panel, int64_t group, vf* out) {
+    const uint8_t* at = panel + l.zeros_at + group * PANEL / 2;
+    alignas(64) float values[PANEL];
     for (int lane = 0; lane < PANEL; ++lane)
-        out[lane] = scales[lane] * static_cast<float>(((at[lane / 2] >> (lane % 2 * 4)) & 0xf) - 8);
+        values[lane] = static_cast<float>(((at[lane / 2] >> (lane % 2 * 4)) & 0xf) - 8);
+    for (int part = 0; part < PARTS; ++part) out[part] = load(values + part * LANES);
 }
 
 inline void store(const Product& p, int64_t panel, int64_t row, const float* totals) {
@@ -141,7 +144,7 @@ struct Blocks {
 template <class E>
 void pack_block(const Product& p, int64_t first, int64_t rows, typename E::X* out) {
     const Layout& l = *p.layout;
-    const int64_t blocks = l.padded_cols() / BLOCK;
+    const int64_t blocks = l.padded_cols / BLOCK;
     for (int64_t row = 0; row < rows; ++row) {
         for (int64_t block = 0; block < blocks; ++block) {
             typename E::X units[E::UNITS];
@@ -164,72 +167,79 @@ void pack_block(const Product& p, int64_t first, int64_t rows, typename E::X* ou
 inline void window_sums(const Product& p, int64_t first, int64_t rows, float* out) {
     const Layout& l = *p.layout;
     for (int64_t row = 0; row < rows; ++row)
-        for (int64_t window = 0; window < l.windows(); ++window) {
-            const int64_t start = window * l.window();
-            const int64_t stop = start + l.window() < l.cols ? start + l.window() : l.cols;
+        for (int64_t window = 0; window < l.windows; ++window) {
+            const int64_t start = window * l.window;
+            const int64_t stop = start + l.window < l.cols ? start + l.window : l.cols;
             float sum = 0;
             for (int64_t column = start; column < stop; ++column) sum += element(p, first + row, column);
-            out[row * l.windows() + window] = sum;
+            out[row * l.windows + window] = sum;
         }
 }
 
-inline vf load(const float* at) {
-    vf value;
-    std::memcpy(&value, at, sizeof(vf));
-    return value;
-}
-
-// One panel by a few rows, codes decoded in registers.
-template <class E, int M>
-void direct(const Product& p, int64_t panel_index, const typename E::X* x, const float* sums) {
+// N panels by M rows, codes decoded in registers.
+template <class E, int M, int N>
+void direct(const Product& p, int64_t first, const typename E::X* x, const float* sums) {
     const Layout& l = *p.layout;
-    constexpr int CHAINS = M == 1 ? 4 : M == 2 ? 2 : 1;
-    const uint8_t* panel = p.weight + panel_index * l.panel_bytes();
+    constexpr int CHAINS = M * N >= 4 ? 1 : 4 / (M * N);
+    const int64_t panel_bytes = l.panel_bytes, groups = l.groups;
+    const int64_t repeat_bits = l.repeat_bits, window_units = l.window / BLOCK * E::UNITS * M;
+    const uint8_t* panel = p.weight + first * panel_bytes;
     const uint8_t* codes = panel;
-    const Nested nested(l, panel);
-    const int64_t repeat = l.repeat(), groups = l.groups(), window_units = l.window() / BLOCK * E::UNITS * M;
-    vf totals[M][PARTS] = {};
+    vf totals[M][N][PARTS] = {};
     for (int64_t group = 0; group < groups; ++group) {
-        const int64_t window = group / repeat;
+        const int64_t window = group >> repeat_bits;
         const int64_t blocks = l.width(window) / BLOCK;
         const typename E::X* at = x + window * window_units;
-        vf sum[CHAINS][M][PARTS] = {};
+        vf sum[CHAINS][M][N][PARTS] = {};
         for (int64_t block = 0; block < blocks; ++block) {
-            for (int64_t line = 0; line < E::BYTES; line += 64) __builtin_prefetch(codes + AHEAD + line);
-            typename E::W weights[E::UNITS][PARTS];
-            E::decode(codes, weights);
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n) {
+                const uint8_t* bytes = codes + n * panel_bytes;
+#pragma GCC unroll 2
+                for (int64_t line = 0; line < E::BYTES; line += 64) __builtin_prefetch(bytes + AHEAD + line, 0, LOCALITY);
+                typename E::W weights[E::UNITS][PARTS];
+                E::decode(bytes, weights);
 #pragma GCC unroll 8
-            for (int unit = 0; unit < E::UNITS; ++unit)
+                for (int unit = 0; unit < E::UNITS; ++unit)
 #pragma GCC unroll 8
-                for (int row = 0; row < M; ++row)
+                    for (int row = 0; row < M; ++row)
 #pragma GCC unroll 4
-                    for (int part = 0; part < PARTS; ++part)
-                        sum[unit % CHAINS][row][part] =
-                            E::fma(sum[unit % CHAINS][row][part], weights[unit][part], at[unit * M + row]);
+                        for (int part = 0; part < PARTS; ++part) {
+                            vf& into = sum[unit % CHAINS][row][n][part];
+                            into = E::fma(into, weights[unit][part], at[unit * M + row]);
+                        }
+            }
             codes += E::BYTES;
             at += E::UNITS * M;
         }
-        alignas(64) float scales[PANEL], zeros[PANEL];
-        load_scales(p, panel, nested, group, 1 / E::FACTOR, scales);
-        if (l.zeros) load_zeros(l, panel, group, scales, zeros);
-        for (int row = 0; row < M; ++row)
-            for (int part = 0; part < PARTS; ++part) {
-                vf whole = sum[0][row][part];
-                for (int chain = 1; chain < CHAINS; ++chain) whole += sum[chain][row][part];
-                totals[row][part] += whole * load(scales + part * LANES);
-                if (l.zeros) totals[row][part] -= load(zeros + part * LANES) * sums[row * l.windows() + window];
+        for (int n = 0; n < N; ++n) {
+            const uint8_t* bytes = panel + n * panel_bytes;
+            vf scales[PARTS], zeros[PARTS];
+            load_scales(p, bytes, group, 1 / E::FACTOR, scales);
+            for (int row = 0; row < M; ++row)
+                for (int part = 0; part < PARTS; ++part)
+                    for (int chain = 1; chain < CHAINS; ++chain) sum[0][row][n][part] += sum[chain][row][n][part];
+            if (l.zeros) {
+                load_zeros(l, bytes, group, zeros);
+                for (int row = 0; row < M; ++row)
+                    for (int part = 0; part < PARTS; ++part)
+                        sum[0][row][n][part] -= zeros[part] * sums[row * l.windows + window];
             }
+            for (int row = 0; row < M; ++row)
+                for (int part = 0; part < PARTS; ++part) totals[row][n][part] += sum[0][row][n][part] * scales[part];
+        }
     }
-    for (int row = 0; row < M; ++row) {
-        alignas(64) float values[PANEL];
-        std::memcpy(values, totals[row], sizeof values);
-        store(p, panel_index, row, values);
-    }
+    for (int row = 0; row < M; ++row)
+        for (int n = 0; n < N; ++n) {
+            alignas(64) float values[PANEL];
+            std::memcpy(values, totals[row][n], sizeof values);
+            store(p, first + n, row, values);
+        }
 }
 
 // A decoded tile by M rows: totals (M, TILE_PANELS * 16) += scales * (tile x).
 template <class E, int M>
-void micro(const typename E::W* tile, const typename E::X* x, int64_t units, const float* scales, float* totals) {
+void micro(const typename E::W* tile, const typename E::X* x, int64_t units, const vf* scales, float* totals) {
     constexpr int WIDTH = TILE_PANELS * PARTS;
     vf sum[M][WIDTH] = {};
     for (int64_t unit = 0; unit < units; ++unit) {
@@ -245,13 +255,13 @@ void micro(const typename E::W* tile, const typename E::X* x, int64_t units, con
 #pragma GCC unroll 8
         for (int part = 0; part < WIDTH; ++part) {
             float* at = totals + (row * WIDTH + part) * LANES;
-            const vf whole = load(at) + sum[row][part] * load(scales + part * LANES);
+            const vf whole = load(at) + sum[row][part] * scales[part];
             std::memcpy(at, &whole, sizeof whole);
         }
 }
 
 template <class E>
-using Micro = void (*)(const typename E::W*, const typename E::X*, int64_t, const float*, float*);
+using Micro = void (*)(const typename E::W*, const typename E::X*, int64_t, const vf*, float*);
 
 template <class E, std::size_t... I>
 Micro<E> micro_of(int64_t rows, std::index_sequence<I...>) {
@@ -265,28 +275,31 @@ void tiled(const Product& p, int64_t first, const Blocks& blocks, const typename
            int64_t first_row) {
     const Layout& l = *p.layout;
     constexpr int64_t WIDTH = TILE_PANELS * PANEL, STEP = TILE_PANELS * PARTS;
-    const int64_t count = l.panels() - first < TILE_PANELS ? l.panels() - first : TILE_PANELS;
-    const int64_t units_of_row = l.padded_cols() / BLOCK * E::UNITS;
+    const int64_t count = l.panels - first < TILE_PANELS ? l.panels - first : TILE_PANELS;
+    const int64_t units_of_row = l.padded_cols / BLOCK * E::UNITS;
     auto* tile = static_cast<typename E::W*>(scratch<1>(TILE_UNITS * STEP * sizeof(typename E::W)));
     float* totals = static_cast<float*>(scratch<2>(blocks.rows * WIDTH * sizeof(float)));
     std::memset(totals, 0, blocks.rows * WIDTH * sizeof(float));
     if (count < TILE_PANELS) std::memset(static_cast<void*>(tile), 0, TILE_UNITS * STEP * sizeof(typename E::W));
 
     int64_t codes_at = 0;
-    alignas(64) float scales[WIDTH] = {}, zeros[WIDTH] = {};
-    for (int64_t group = 0; group < l.groups(); ++group) {
-        const int64_t window = group / l.repeat();
+    vf scales[STEP] = {}, zeros[STEP] = {};
+    for (int64_t group = 0; group < l.groups; ++group) {
+        const int64_t window = group >> l.repeat_bits;
         const int64_t window_blocks = l.width(window) / BLOCK;
-        for (int64_t panel = 0; panel < count; ++panel) {
-            const uint8_t* bytes = p.weight + (first + panel) * l.panel_bytes();
-            load_scales(p, bytes, Nested(l, bytes), group, 1 / E::FACTOR, scales + panel * PANEL);
-            if (l.zeros) load_zeros(l, bytes, group, scales + panel * PANEL, zeros + panel * PANEL);
+        for (int panel = 0; panel < count; ++panel) {
+            const uint8_t* bytes = p.weight + (first + panel) * l.panel_bytes;
+            load_scales(p, bytes, group, 1 / E::FACTOR, scales + panel * PARTS);
+            if (l.zeros) {
+                load_zeros(l, bytes, group, zeros + panel * PARTS);
+                for (int part = panel * PARTS; part < (panel + 1) * PARTS; ++part) zeros[part] = zeros[part] * scales[part];
+            }
         }
         for (int64_t block = 0; block < window_blocks; block += TILE_UNITS / E::UNITS) {
             const int64_t most = TILE_UNITS / E::UNITS;
             const int64_t now = window_blocks - block < most ? window_blocks - block : most;
             for (int64_t panel = 0; panel < count; ++panel) {
-                const uint8_t* codes = p.weight + (first + panel) * l.panel_bytes() + codes_at;
+                const uint8_t* codes = p.weight + (first + panel) * l.panel_bytes + codes_at;
                 for (int64_t at = 0; at < now; ++at) {
                     typename E::W weights[E::UNITS][PARTS];
                     __builtin_prefetch(codes + at * E::BYTES + 1024);
@@ -297,7 +310,7 @@ void tiled(const Product& p, int64_t first, const Blocks& blocks, const typename
                 }
             }
             codes_at += now * E::BYTES;
-            const int64_t unit = (window * (l.window() / BLOCK) + block) * E::UNITS;
+            const int64_t unit = (window * (l.window / BLOCK) + block) * E::UNITS;
             for (int64_t b = 0; b < blocks.count; ++b) {
                 const int64_t start = blocks.start(b), rows = blocks.size(b);
                 micro_of<E>(rows, std::make_index_sequence<ROWS_TILE>())(
@@ -306,31 +319,34 @@ void tiled(const Product& p, int64_t first, const Blocks& blocks, const typename
         }
         if (l.zeros)
             for (int64_t row = 0; row < blocks.rows; ++row)
-                for (int64_t lane = 0; lane < WIDTH; ++lane)
-                    totals[row * WIDTH + lane] -= zeros[lane] * sums[row * l.windows() + window];
+                for (int64_t part = 0; part < STEP; ++part) {
+                    float* at = totals + row * WIDTH + part * LANES;
+                    const vf rest = load(at) - zeros[part] * sums[row * l.windows + window];
+                    std::memcpy(at, &rest, sizeof rest);
+                }
     }
     for (int64_t panel = 0; panel < count; ++panel)
         for (int64_t row = 0; row < blocks.rows; ++row)
             store(p, first + panel, first_row + row, totals + row * WIDTH + panel * PANEL);
 }
 
-template <class E, std::size_t... I>
+template <class E, int N, std::size_t... I>
 auto direct_of(int64_t rows, std::index_sequence<I...>) {
     using Direct = void (*)(const Product&, int64_t, const typename E::X*, const float*);
-    static constexpr Direct kernels[] = {direct<E, static_cast<int>(I) + 1>...};
+    static constexpr Direct kernels[] = {direct<E, static_cast<int>(I) + 1, N>...};
     return kernels[rows - 1];
 }
 
 template <class E>
 void run(const Product& p) {
     const Layout& l = *p.layout;
-    const int64_t units = l.padded_cols() / BLOCK * E::UNITS;
+    const int64_t units = l.padded_cols / BLOCK * E::UNITS;
     for (int64_t first = 0; first < p.m; first += MAX_ROWS) {
         const int64_t rows = p.m - first < MAX_ROWS ? p.m - first : MAX_ROWS;
         const bool few = p.m <= ROWS_DIRECT;
         const Blocks blocks(rows, few ? ROWS_DIRECT : ROWS_TILE);
         auto* x = static_cast<typename E::X*>(scratch<3>(rows * units * sizeof(typename E::X)));
-        float* sums = l.zeros ? static_cast<float*>(scratch<4>(rows * l.windows() * sizeof(float))) : nullptr;
+        float* sums = l.zeros ? static_cast<float*>(scratch<4>(rows * l.windows * sizeof(float))) : nullptr;
         if (few) {
             pack_block<E>(p, 0, rows, x);
             if (l.zeros) window_sums(p, 0, rows, sums);
@@ -338,18 +354,20 @@ void run(const Product& p) {
 #pragma omp parallel num_threads(p.threads)
         {
             if (few) {
-                const auto kernel = direct_of<E>(rows, std::make_index_sequence<ROWS_DIRECT>());
+                const auto pair = direct_of<E, 2>(rows, std::make_index_sequence<ROWS_DIRECT>());
+                const auto single = direct_of<E, 1>(rows, std::make_index_sequence<ROWS_DIRECT>());
 #pragma omp for schedule(static)
-                for (int64_t panel = 0; panel < l.panels(); ++panel) kernel(p, panel, x, sums);
+                for (int64_t panel = 0; panel < l.panels; panel += 2)
+                    (panel + 1 < l.panels ? pair : single)(p, panel, x, sums);
             } else {
 #pragma omp for schedule(static)
                 for (int64_t block = 0; block < blocks.count; ++block) {
                     const int64_t start = blocks.start(block), size = blocks.size(block);
                     pack_block<E>(p, first + start, size, x + start * units);
-                    if (l.zeros) window_sums(p, first + start, size, sums + start * l.windows());
+                    if (l.zeros) window_sums(p, first + start, size, sums + start * l.windows);
                 }
 #pragma omp for schedule(dynamic)
-                for (int64_t panel = 0; panel < l.panels(); panel += TILE_PANELS)
+                for (int64_t panel = 0; panel < l.panels; panel += TILE_PANELS)
                     tiled<E>(p, panel, blocks, x, sums, first);
             }
         }

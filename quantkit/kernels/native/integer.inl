@@ -1,0 +1,120 @@
+// A few rows of bfloat16 as blocked integers: products and sums are then exact, and cost the fewest instructions.
+//
+// Columns are cut into chunks of at most MAX_CHUNK inside a window. A chunk of x becomes integers of a common scale,
+// absmax / LIMIT: an element is off by at most absmax / (2 * LIMIT). An engine has:
+//     MAX_CHUNK, LIMIT    as above
+//     OFFSET              the code that stands for 0, which sums of x take off
+//     split(int[BLOCK], uint32_t[WORDS], int (&sums)[2]): a block of x as `dot` reads it, and what its sums add up to
+//     dot<M, N>(codes, panel_bytes, blocks, x, sums, vf[M][N][PARTS]): in units of the chunk's scale
+
+constexpr int WORDS = 4;  // of x in a block
+
+template <class I>
+QUANTKIT_INLINE int64_t chunks_of(int64_t width) {
+    return (width + I::MAX_CHUNK - 1) / I::MAX_CHUNK;
+}
+
+// x as integers: words (blocks, rows, WORDS), scales (chunks, rows), sums (chunks, rows, 2) times -OFFSET.
+template <class I>
+void pack_integers(const Product& p, uint32_t* words, float* scales, int32_t* sums) {
+    const Layout& l = *p.layout;
+    const int64_t per_window = chunks_of<I>(l.width(0));
+    for (int64_t row = 0; row < p.m; ++row) {
+        const auto* x = static_cast<const uint16_t*>(p.x) + row * l.cols;
+        for (int64_t window = 0; window < l.windows; ++window) {
+            const int64_t width = l.width(window), begin = window * l.window;
+            for (int64_t chunk = 0; chunk < chunks_of<I>(width); ++chunk) {
+                const int64_t start = begin + chunk * I::MAX_CHUNK;
+                const int64_t end = begin + width < start + I::MAX_CHUNK ? begin + width : start + I::MAX_CHUNK;
+                const int64_t stop = end < l.cols ? end : l.cols;
+                uint16_t most = 0;  // magnitudes of bfloat16 compare as integers
+                for (int64_t column = start; column < stop; ++column) {
+                    const uint16_t magnitude = x[column] & 0x7fff;
+                    most = magnitude > most ? magnitude : most;
+                }
+                const float absmax = from_bf16(most);
+                const float inverse = absmax > 0 ? I::LIMIT / absmax : 0;
+                const int64_t at = (window * per_window + chunk) * p.m + row;
+                int totals[2] = {0, 0};
+                for (int64_t column = start; column < end; column += BLOCK) {
+                    int values[BLOCK];
+                    if (column + BLOCK <= stop)
+                        for (int index = 0; index < BLOCK; ++index)
+                            values[index] = static_cast<int>(__builtin_rintf(from_bf16(x[column + index]) * inverse));
+                    else
+                        for (int index = 0; index < BLOCK; ++index)
+                            values[index] = column + index < stop ? static_cast<int>(__builtin_rintf(
+                                                                        from_bf16(x[column + index]) * inverse))
+                                                                  : 0;
+                    I::split(values, words + (column / BLOCK * p.m + row) * WORDS, totals);
+                }
+                scales[at] = absmax / I::LIMIT;
+                sums[2 * at] = -I::OFFSET * totals[0];
+                sums[2 * at + 1] = -I::OFFSET * totals[1];
+            }
+        }
+    }
+}
+
+template <class I, int M, int N>
+void direct_integer(const Product& p, int64_t first, const uint32_t* x, const float* x_scales, const int32_t* x_sums,
+                    const float* sums) {
+    const Layout& l = *p.layout;
+    const int64_t panel_bytes = l.panel_bytes, groups = l.groups, repeat_bits = l.repeat_bits;
+    const int64_t per_window = chunks_of<I>(l.width(0));
+    const uint8_t* panel = p.weight + first * panel_bytes;
+    const uint8_t* codes = panel;
+    vf totals[M][N][PARTS] = {};
+    for (int64_t group = 0; group < groups; ++group) {
+        const int64_t window = group >> repeat_bits, width = l.width(window);
+        vf sum[M][N][PARTS] = {};
+        for (int64_t chunk = 0; chunk < chunks_of<I>(width); ++chunk) {
+            const int64_t start = chunk * I::MAX_CHUNK;
+            const int64_t blocks = (width - start < I::MAX_CHUNK ? width - start : I::MAX_CHUNK) / BLOCK;
+            const int64_t at = (window * per_window + chunk) * M;
+            vf dots[M][N][PARTS];
+            I::template dot<M, N>(codes, panel_bytes, blocks, x + (window * l.window + start) / BLOCK * M * WORDS,
+                                  x_sums + 2 * at, dots);
+            for (int row = 0; row < M; ++row)
+                for (int n = 0; n < N; ++n)
+                    for (int part = 0; part < PARTS; ++part) sum[row][n][part] += dots[row][n][part] * x_scales[at + row];
+            codes += blocks * I::BYTES;
+        }
+        for (int n = 0; n < N; ++n) {
+            const uint8_t* bytes = panel + n * panel_bytes;
+            vf scales[PARTS], zeros[PARTS];
+            load_scales(p, bytes, group, 1 / I::FACTOR, scales);
+            if (l.zeros) {
+                load_zeros(l, bytes, group, zeros);
+                for (int row = 0; row < M; ++row)
+                    for (int part = 0; part < PARTS; ++part)
+                        sum[row][n][part] -= zeros[part] * sums[row * l.windows + window];
+            }
+            for (int row = 0; row < M; ++row)
+                for (int part = 0; part < PARTS; ++part) totals[row][n][part] += sum[row][n][part] * scales[part];
+        }
+    }
+    for (int row = 0; row < M; ++row)
+        for (int n = 0; n < N; ++n) {
+            alignas(64) float values[PANEL];
+            std::memcpy(values, totals[row][n], sizeof values);
+            store(p, first + n, row, values);
+        }
+}
+
+// The result of M rows, M at most 4.
+template <class I, int M>
+void run_integer(const Product& p) {
+    const Layout& l = *p.layout;
+    const int64_t chunks = l.windows * chunks_of<I>(l.width(0));
+    auto* x = static_cast<uint32_t*>(scratch<5>(l.padded_cols / BLOCK * M * WORDS * sizeof(uint32_t)));
+    auto* scales = static_cast<float*>(scratch<6>(chunks * M * sizeof(float)));
+    auto* x_sums = static_cast<int32_t*>(scratch<7>(2 * chunks * M * sizeof(int32_t)));
+    float* sums = l.zeros ? static_cast<float*>(scratch<4>(M * l.windows * sizeof(float))) : nullptr;
+    pack_integers<I>(p, x, scales, x_sums);
+    if (l.zeros) window_sums(p, 0, M, sums);
+#pragma omp parallel for schedule(static) num_threads(p.threads)
+    for (int64_t panel = 0; panel < l.panels; panel += 2)
+        if (panel + 1 < l.panels) direct_integer<I, M, 2>(p, panel, x, scales, x_sums, sums);
+        else direct_integer<I, M, 1>(p, panel, x, scales, x_sums, sums);
+}
