@@ -7,8 +7,8 @@ struct F32 {
     static constexpr int UNITS = BLOCK;
     static constexpr int64_t BYTES = PANEL * BLOCK * (K == Kind::int8 ? 8 : 4) / 8;
     static constexpr float FACTOR = 1;
-    static inline void decode(const uint8_t* codes, W (*out)[PARTS]) { decode_f32<K>(codes, out); }
-    static inline vf fma(vf sum, W weights, X x) { return fused(sum, weights, x); }
+    static QUANTKIT_INLINE void decode(const uint8_t* codes, W (*out)[PARTS]) { decode_f32<K>(codes, out); }
+    static QUANTKIT_INLINE vf fma(vf sum, W weights, X x) { return fused(sum, weights, x); }
     static constexpr bool TAKES_BF16 = false;
     static inline void pack(const float* values, X* out) {
         // a word of 4-bit codes holds columns 0 2 4 6 1 3 5 7

@@ -5,7 +5,7 @@
 //     MAX_CHUNK, LIMIT    as above
 //     OFFSET              the code that stands for 0, which sums of x take off
 //     split(int[BLOCK], uint32_t[WORDS], int (&sums)[2]): a block of x as `dot` reads it, and what its sums add up to
-//     dot<M, N>(codes, panel_bytes, blocks, x, sums, vf[M][N][PARTS]): in units of the chunk's scale
+//     dot<M>(codes, blocks, x, sums, vf[M][PARTS]): in units of the chunk's scale
 
 constexpr int WORDS = 4;  // of x in a block
 
@@ -56,50 +56,34 @@ void pack_integers(const Product& p, uint32_t* words, float* scales, int32_t* su
     }
 }
 
-template <class I, int M, int N>
-void direct_integer(const Product& p, int64_t first, const uint32_t* x, const float* x_scales, const int32_t* x_sums,
+template <class I, int M>
+void direct_integer(const Product& p, int64_t index, const uint32_t* x, const float* x_scales, const int32_t* x_sums,
                     const float* sums) {
     const Layout& l = *p.layout;
-    const int64_t panel_bytes = l.panel_bytes, groups = l.groups, repeat_bits = l.repeat_bits;
+    const int64_t groups = l.groups, repeat_bits = l.repeat_bits;
     const int64_t per_window = chunks_of<I>(l.width(0));
-    const uint8_t* panel = p.weight + first * panel_bytes;
+    const uint8_t* panel = p.weight + index * l.panel_bytes;
     const uint8_t* codes = panel;
-    vf totals[M][N][PARTS] = {};
+    vf totals[M][1][PARTS] = {};
     for (int64_t group = 0; group < groups; ++group) {
         const int64_t window = group >> repeat_bits, width = l.width(window);
-        vf sum[M][N][PARTS] = {};
-        for (int64_t chunk = 0; chunk < chunks_of<I>(width); ++chunk) {
-            const int64_t start = chunk * I::MAX_CHUNK;
+        const uint32_t* at = x + window * l.window / BLOCK * M * WORDS;
+        int64_t chunk = window * per_window;
+        vf sum[M][PARTS] = {};
+        for (int64_t start = 0; start < width; start += I::MAX_CHUNK, ++chunk) {
             const int64_t blocks = (width - start < I::MAX_CHUNK ? width - start : I::MAX_CHUNK) / BLOCK;
-            const int64_t at = (window * per_window + chunk) * M;
-            vf dots[M][N][PARTS];
-            I::template dot<M, N>(codes, panel_bytes, blocks, x + (window * l.window + start) / BLOCK * M * WORDS,
-                                  x_sums + 2 * at, dots);
-            for (int row = 0; row < M; ++row)
-                for (int n = 0; n < N; ++n)
-                    for (int part = 0; part < PARTS; ++part) sum[row][n][part] += dots[row][n][part] * x_scales[at + row];
+            vf dots[M][PARTS];
+            I::template dot<M>(codes, blocks, at, x_sums + 2 * M * chunk, dots);
+            unroll<M>(EACH(row) {
+                unroll<PARTS>(EACH(part) { sum[row][part] += dots[row][part] * x_scales[M * chunk + row]; });
+            });
             codes += blocks * I::BYTES;
+            at += blocks * M * WORDS;
         }
-        for (int n = 0; n < N; ++n) {
-            const uint8_t* bytes = panel + n * panel_bytes;
-            vf scales[PARTS], zeros[PARTS];
-            load_scales(p, bytes, group, 1 / I::FACTOR, scales);
-            if (l.zeros) {
-                load_zeros(l, bytes, group, zeros);
-                for (int row = 0; row < M; ++row)
-                    for (int part = 0; part < PARTS; ++part)
-                        sum[row][n][part] -= zeros[part] * sums[row * l.windows + window];
-            }
-            for (int row = 0; row < M; ++row)
-                for (int part = 0; part < PARTS; ++part) totals[row][n][part] += sum[row][n][part] * scales[part];
-        }
+        scale_group<I, M>(p, panel, group, window, sums, sum);
+        unroll<M>(EACH(row) { unroll<PARTS>(EACH(part) { totals[row][0][part] += sum[row][part]; }); });
     }
-    for (int row = 0; row < M; ++row)
-        for (int n = 0; n < N; ++n) {
-            alignas(64) float values[PANEL];
-            std::memcpy(values, totals[row][n], sizeof values);
-            store(p, first + n, row, values);
-        }
+    store_totals(p, index, totals);
 }
 
 // The result of M rows, M at most 4.
@@ -114,7 +98,5 @@ void run_integer(const Product& p) {
     pack_integers<I>(p, x, scales, x_sums);
     if (l.zeros) window_sums(p, 0, M, sums);
 #pragma omp parallel for schedule(static) num_threads(p.threads)
-    for (int64_t panel = 0; panel < l.panels; panel += 2)
-        if (panel + 1 < l.panels) direct_integer<I, M, 2>(p, panel, x, scales, x_sums, sums);
-        else direct_integer<I, M, 1>(p, panel, x, scales, x_sums, sums);
+    for (int64_t panel = 0; panel < l.panels; ++panel) direct_integer<I, M>(p, panel, x, scales, x_sums, sums);
 }

@@ -16,7 +16,7 @@ typedef __m256 vf;
 constexpr int ROWS_DIRECT = 3, ROWS_TILE = 6, TILE_PANELS = 1, TILE_K = 1;
 
 template <Kind K>
-inline void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
+QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
 
 inline vf load_bf16(const uint16_t* at) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
@@ -26,57 +26,188 @@ inline vf load_bf16(const uint16_t* at) {
 #include "product.inl"
 
 // Loads into a register: as an operand of every shift, the same bytes would be loaded again and again.
-inline __m256i load_once(const uint8_t* codes, int part) {
+QUANTKIT_INLINE __m256i load_once(const uint8_t* codes, int part) {
     __m256i words = _mm256_load_si256(reinterpret_cast<const __m256i*>(codes) + part);
     __asm__("" : "+x"(words));
     return words;
 }
 
 template <>
-inline void decode_f32<Kind::int8>(const uint8_t* codes, vf (*out)[PARTS]) {
+QUANTKIT_INLINE void decode_f32<Kind::int8>(const uint8_t* codes, vf (*out)[PARTS]) {
     const __m256i sign = _mm256_set1_epi8(-128);
-    for (int part = 0; part < 2 * PARTS; ++part) {
+    unroll<2 * PARTS>(EACH(part) {
         const __m256i words = _mm256_xor_si256(load_once(codes, part), sign);
-#pragma GCC unroll 4
-        for (int column = 0; column < 4; ++column)
+        unroll<4>(EACH(column) {
             out[part / PARTS * 4 + column][part % PARTS] =
                 _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 24 - 8 * column), 24));
-    }
+        });
+    });
 }
 
 template <>
-inline void decode_f32<Kind::int4>(const uint8_t* codes, vf (*out)[PARTS]) {
+QUANTKIT_INLINE void decode_f32<Kind::int4>(const uint8_t* codes, vf (*out)[PARTS]) {
     const __m256i sign = _mm256_set1_epi8(static_cast<char>(0x88));
-    for (int part = 0; part < PARTS; ++part) {
+    unroll<PARTS>(EACH(part) {
         const __m256i words = _mm256_xor_si256(load_once(codes, part), sign);
-#pragma GCC unroll 8
-        for (int column = 0; column < BLOCK; ++column)
+        unroll<BLOCK>(EACH(column) {
             out[column][part] =
                 _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 28 - 4 * column), 28));
-    }
+        });
+    });
 }
 
 template <>
-inline void decode_f32<Kind::nf4>(const uint8_t* codes, vf (*out)[PARTS]) {
+QUANTKIT_INLINE void decode_f32<Kind::nf4>(const uint8_t* codes, vf (*out)[PARTS]) {
     const __m256 low = _mm256_loadu_ps(NF4_CODEBOOK), high = _mm256_loadu_ps(NF4_CODEBOOK + 8);
-    for (int part = 0; part < PARTS; ++part) {
+    unroll<PARTS>(EACH(part) {
         const __m256i words = load_once(codes, part);
-#pragma GCC unroll 8
-        for (int column = 0; column < BLOCK; ++column) {
+        unroll<BLOCK>(EACH(column) {
             const __m256i index = _mm256_srli_epi32(words, 4 * column);  // its three lowest bits count
             const __m256 half = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - 4 * column));
             out[column][part] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
                                                  _mm256_permutevar8x32_ps(high, index), half);
-        }
-    }
+        });
+    });
 }
 
 inline vf fused(vf sum, vf weights, float x) { return _mm256_fmadd_ps(weights, _mm256_set1_ps(x), sum); }
 
 #include "engines.inl"
 
+#include "integer.inl"
+
+// int4: x in two planes of bytes, x = 256 * high + low; products of pairs fit 16 bits.
+struct Planes {
+    static constexpr int64_t MAX_CHUNK = 256, BYTES = 64;
+    static constexpr float LIMIT = 32512, FACTOR = 1;
+    static constexpr int OFFSET = 8;
+
+    static inline void split(const int* values, uint32_t* words, int (&sums)[2]) {
+        static constexpr int COLUMNS[BLOCK] = {0, 4, 1, 5, 2, 6, 3, 7};  // of a word's low nibbles, then its high ones
+        int8_t planes[2][BLOCK];
+        for (int index = 0; index < BLOCK; ++index) {
+            const int value = values[COLUMNS[index]];
+            const int high = (value + 128) >> 8, low = value - 256 * high;
+            planes[0][index] = static_cast<int8_t>(high);
+            planes[1][index] = static_cast<int8_t>(low);
+            sums[0] += high;
+            sums[1] += low;
+        }
+        std::memcpy(words, planes, sizeof planes);
+    }
+
+    template <int M>
+    static QUANTKIT_INLINE void dot(const uint8_t* codes, int64_t blocks, const uint32_t* x, const int32_t* sums,
+                                    vf (&out)[M][PARTS]) {
+        static_assert(M == 1);
+        const __m256i nibble = _mm256_set1_epi8(0xf), ones = _mm256_set1_epi16(1);
+        __m256i total[2][PARTS];
+        unroll<2>(EACH(plane) {
+            unroll<PARTS>(EACH(part) { total[plane][part] = _mm256_set1_epi32(sums[plane]); });
+        });
+        while (blocks > 0) {
+            const int64_t now = blocks < 4 ? blocks : 4;  // 8 sums of at most 2 * 15 * 128 fit 16 bits
+            __m256i narrow[2][PARTS] = {};
+            for (int64_t block = 0; block < now; ++block) {
+                prefetch(codes);
+                unroll<PARTS>(EACH(part) {
+                    const __m256i bytes = load_once(codes, part);
+                    const __m256i low = _mm256_and_si256(bytes, nibble);
+                    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+                    unroll<2>(EACH(plane) {
+                        const __m256i first = _mm256_set1_epi32(static_cast<int>(x[2 * plane]));
+                        const __m256i second = _mm256_set1_epi32(static_cast<int>(x[2 * plane + 1]));
+                        const __m256i pairs =
+                            _mm256_add_epi16(_mm256_maddubs_epi16(low, first), _mm256_maddubs_epi16(high, second));
+                        narrow[plane][part] = _mm256_add_epi16(narrow[plane][part], pairs);
+                    });
+                });
+                codes += BYTES;
+                x += WORDS;
+            }
+            unroll<2>(EACH(plane) {
+                unroll<PARTS>(EACH(part) {
+                    total[plane][part] =
+                        _mm256_add_epi32(total[plane][part], _mm256_madd_epi16(narrow[plane][part], ones));
+                });
+            });
+            blocks -= now;
+        }
+        unroll<PARTS>(EACH(part) {
+            out[0][part] = _mm256_cvtepi32_ps(total[0][part]) * 256.0f + _mm256_cvtepi32_ps(total[1][part]);
+        });
+    }
+};
+
+// NF4: the codebook in 13 bits, x in 14, so that the sum of a chunk fits 32.
+struct Pairs {
+    static constexpr int64_t MAX_CHUNK = 64, BYTES = 64;
+    static constexpr float LIMIT = 8191, FACTOR = 4096;
+    static constexpr int OFFSET = 0;
+
+    struct Table {
+        alignas(32) uint8_t bytes[2][32] = {};
+        constexpr Table() {
+            for (int code = 0; code < 32; ++code) {
+                const float exact = NF4_CODEBOOK[code % 16] * FACTOR;
+                const auto value = static_cast<uint16_t>(static_cast<int>(exact + (exact < 0 ? -0.5f : 0.5f)));
+                bytes[0][code] = static_cast<uint8_t>(value);
+                bytes[1][code] = static_cast<uint8_t>(value >> 8);
+            }
+        }
+    };
+    static const Table TABLE;
+
+    static inline void split(const int* values, uint32_t* words, int (&)[2]) {
+        for (int index = 0; index < WORDS; ++index)
+            words[index] = (static_cast<uint32_t>(values[index]) & 0xffff) | static_cast<uint32_t>(values[index + 4]) << 16;
+    }
+
+    template <int M>
+    static QUANTKIT_INLINE void dot(const uint8_t* codes, int64_t blocks, const uint32_t* x, const int32_t*,
+                                    vf (&out)[M][PARTS]) {
+        static_assert(M == 1);
+        const auto* table = reinterpret_cast<const __m256i*>(TABLE.bytes);
+        const __m256i low_table = _mm256_load_si256(table), high_table = _mm256_load_si256(table + 1);
+        const __m256i nibble = _mm256_set1_epi8(0xf);
+        __m256i total[2][PARTS] = {};  // rows 0 1 and 2 3 of each 128 bits, two lanes a row
+        for (int64_t block = 0; block < blocks; ++block) {
+            prefetch(codes);
+            unroll<PARTS>(EACH(part) {
+                const __m256i bytes = load_once(codes, part);
+                unroll<2>(EACH(half) {  // nibbles of columns 0 4 1 5, then of 2 6 3 7
+                    const __m256i index =
+                        _mm256_and_si256(half == 0 ? bytes : _mm256_srli_epi16(bytes, 4), nibble);
+                    const __m256i low = _mm256_shuffle_epi8(low_table, index);
+                    const __m256i high = _mm256_shuffle_epi8(high_table, index);
+                    long long pairs;
+                    std::memcpy(&pairs, x + 2 * half, sizeof pairs);
+                    const __m256i factor = _mm256_set1_epi64x(pairs);
+                    total[0][part] = _mm256_add_epi32(
+                        total[0][part], _mm256_madd_epi16(_mm256_unpacklo_epi8(low, high), factor));
+                    total[1][part] = _mm256_add_epi32(
+                        total[1][part], _mm256_madd_epi16(_mm256_unpackhi_epi8(low, high), factor));
+                });
+            });
+            codes += BYTES;
+            x += WORDS;
+        }
+        unroll<PARTS>(EACH(part) {
+            out[0][part] = _mm256_cvtepi32_ps(_mm256_hadd_epi32(total[0][part], total[1][part]));
+        });
+    }
+};
+
+constexpr Pairs::Table Pairs::TABLE;
+
 }  // namespace
 
-void product(const Product& p) { product_by<F32>(p); }
+void product(const Product& p) {
+    if (p.m == 1 && p.type == Type::bf16) {
+        if (p.layout->kind == Kind::int4) return run_integer<Planes, 1>(p);
+        if (p.layout->kind == Kind::nf4) return run_integer<Pairs, 1>(p);
+    }
+    product_by<F32>(p);
+}
 
 }  // namespace avx2

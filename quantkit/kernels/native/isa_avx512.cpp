@@ -16,7 +16,7 @@ typedef __m512 vf;
 constexpr int ROWS_DIRECT = 4, ROWS_TILE = 12, TILE_PANELS = 2, TILE_K = 1;
 
 template <Kind K>
-inline void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
+QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
 
 inline vf load_bf16(const uint16_t* at) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));

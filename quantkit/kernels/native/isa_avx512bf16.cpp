@@ -16,7 +16,7 @@ typedef __m512 vf;
 constexpr int ROWS_DIRECT = 4, ROWS_TILE = 12, TILE_PANELS = 2, TILE_K = 1;
 
 template <Kind K>
-inline void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
+QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
 
 inline vf load_bf16(const uint16_t* at) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
@@ -48,24 +48,24 @@ struct BF16 {
     static constexpr int64_t BYTES = PANEL * BLOCK * (K == Kind::int8 ? 8 : 4) / 8;
     static constexpr float FACTOR = K == Kind::nf4 ? NF4_BF16_FACTOR : 1;
 
-    static inline void decode(const uint8_t* codes, W (*out)[PARTS]) {
+    static QUANTKIT_INLINE void decode(const uint8_t* codes, W (*out)[PARTS]) {
         if constexpr (K == Kind::int8) {
             vf columns[BLOCK][PARTS];
             decode_f32<K>(codes, columns);
-#pragma GCC unroll 4
-            for (int unit = 0; unit < UNITS; ++unit)  // the upper half of such a float is its bfloat16
+            unroll<UNITS>(EACH(unit) {  // the upper half of such a float is its bfloat16
                 out[unit][0] = _mm512_mask_blend_epi16(
                     0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(columns[2 * unit][0]), 16),
                     _mm512_castps_si512(columns[2 * unit + 1][0]));
+            });
         } else {
             const __m512i table = _mm512_load_si512(TABLE<K>.values);
             const __m512i words = load_once(codes);
-#pragma GCC unroll 4
-            for (int unit = 0; unit < UNITS; ++unit)
+            unroll<UNITS>(EACH(unit) {
                 out[unit][0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * unit), table);
+            });
         }
     }
-    static inline vf fma(vf sum, W weights, X x) {
+    static QUANTKIT_INLINE vf fma(vf sum, W weights, X x) {
         return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(weights),
                                 reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(x))));
     }
@@ -100,53 +100,43 @@ struct Planes {
         std::memcpy(words, planes, sizeof planes);
     }
 
-    template <int M, int N>
-    static inline void dot(const uint8_t* codes, int64_t panel_bytes, int64_t blocks, const uint32_t* x,
-                           const int32_t* sums, vf (*out)[N][PARTS]) {
-        __m512i total[M][N][2][2];  // planes, halves of a block
-        for (int row = 0; row < M; ++row)
-            for (int n = 0; n < N; ++n)
-                for (int plane = 0; plane < 2; ++plane) {
-                    total[row][n][plane][0] = _mm512_set1_epi32(sums[2 * row + plane]);
-                    total[row][n][plane][1] = _mm512_setzero_si512();
-                }
+    template <int M>
+    static QUANTKIT_INLINE void dot(const uint8_t* codes, int64_t blocks, const uint32_t* x, const int32_t* sums,
+                                    vf (&out)[M][PARTS]) {
+        __m512i total[2][2][M];  // planes, halves of a block
+        unroll<M>(EACH(row) {
+            unroll<2>(EACH(plane) {
+                total[plane][0][row] = _mm512_set1_epi32(sums[2 * row + plane]);
+                total[plane][1][row] = _mm512_setzero_si512();
+            });
+        });
         for (int64_t block = 0; block < blocks; ++block) {
-#pragma GCC unroll 2
-            for (int n = 0; n < N; ++n) {
-                const uint8_t* bytes = codes + n * panel_bytes;
-                __m512i halves[2];
-                __builtin_prefetch(bytes + AHEAD, 0, LOCALITY);
-                if constexpr (K == Kind::int8) {
-                    __builtin_prefetch(bytes + AHEAD + 64, 0, LOCALITY);
-                    halves[0] = load_once(bytes);
-                    halves[1] = load_once(bytes + 64);
-                } else {
-                    const __m512i words = load_once(bytes), nibble = _mm512_set1_epi8(0xf);
-                    halves[0] = _mm512_and_si512(words, nibble);
-                    halves[1] = _mm512_and_si512(_mm512_srli_epi32(words, 4), nibble);
-                }
-#pragma GCC unroll 4
-                for (int row = 0; row < M; ++row)
-#pragma GCC unroll 2
-                    for (int plane = 0; plane < 2; ++plane)
-#pragma GCC unroll 2
-                        for (int half = 0; half < 2; ++half) {
-                            const int word = static_cast<int>(x[row * WORDS + 2 * plane + half]);
-                            __m512i& into = total[row][n][plane][half];
-                            into = _mm512_dpbusd_epi32(into, halves[half], _mm512_set1_epi32(word));
-                        }
+            unroll<BYTES / 64>(EACH(line) { prefetch(codes + 64 * line); });
+            __m512i halves[2];
+            if constexpr (K == Kind::int8) {
+                halves[0] = load_once(codes);
+                halves[1] = load_once(codes + 64);
+            } else {
+                const __m512i words = load_once(codes), nibble = _mm512_set1_epi8(0xf);
+                halves[0] = _mm512_and_si512(words, nibble);
+                halves[1] = _mm512_and_si512(_mm512_srli_epi32(words, 4), nibble);
             }
+            unroll<2>(EACH(plane) {
+                unroll<2>(EACH(half) {
+                    unroll<M>(EACH(row) {
+                        const __m512i word = _mm512_set1_epi32(static_cast<int>(x[row * WORDS + 2 * plane + half]));
+                        total[plane][half][row] = _mm512_dpbusd_epi32(total[plane][half][row], halves[half], word);
+                    });
+                });
+            });
             codes += BYTES;
             x += M * WORDS;
         }
-        for (int row = 0; row < M; ++row)
-            for (int n = 0; n < N; ++n) {
-                vf planes[2];
-                for (int plane = 0; plane < 2; ++plane)
-                    planes[plane] =
-                        _mm512_cvtepi32_ps(_mm512_add_epi32(total[row][n][plane][0], total[row][n][plane][1]));
-                out[row][n][0] = planes[0] * 256.0f + planes[1];
-            }
+        unroll<M>(EACH(row) {
+            const __m512i high = _mm512_add_epi32(total[0][0][row], total[0][1][row]);
+            const __m512i low = _mm512_add_epi32(total[1][0][row], total[1][1][row]);
+            out[row][0] = _mm512_cvtepi32_ps(high) * 256.0f + _mm512_cvtepi32_ps(low);
+        });
     }
 };
 

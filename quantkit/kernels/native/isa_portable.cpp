@@ -14,7 +14,7 @@ typedef float vf __attribute__((vector_size(4 * LANES)));
 constexpr int ROWS_DIRECT = 2, ROWS_TILE = 2, TILE_PANELS = 1, TILE_K = 1;
 
 template <Kind K>
-inline void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
+QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
 
 inline vf load_bf16(const uint16_t* at) {
     vf out;
@@ -28,7 +28,7 @@ inline vf load_bf16(const uint16_t* at) {
 #include "product.inl"
 
 template <>
-inline void decode_f32<Kind::int8>(const uint8_t* codes, vf (*out)[PARTS]) {
+QUANTKIT_INLINE void decode_f32<Kind::int8>(const uint8_t* codes, vf (*out)[PARTS]) {
     for (int column = 0; column < BLOCK; ++column)
         for (int part = 0; part < PARTS; ++part)
             for (int lane = 0; lane < LANES; ++lane)
@@ -37,7 +37,7 @@ inline void decode_f32<Kind::int8>(const uint8_t* codes, vf (*out)[PARTS]) {
 }
 
 template <Kind K>
-inline void decode_words(const uint8_t* codes, vf (*out)[PARTS]) {
+QUANTKIT_INLINE void decode_words(const uint8_t* codes, vf (*out)[PARTS]) {
     for (int part = 0; part < PARTS; ++part)
         for (int lane = 0; lane < LANES; ++lane) {
             uint32_t word;
@@ -51,12 +51,12 @@ inline void decode_words(const uint8_t* codes, vf (*out)[PARTS]) {
 }
 
 template <>
-inline void decode_f32<Kind::int4>(const uint8_t* codes, vf (*out)[PARTS]) {
+QUANTKIT_INLINE void decode_f32<Kind::int4>(const uint8_t* codes, vf (*out)[PARTS]) {
     decode_words<Kind::int4>(codes, out);
 }
 
 template <>
-inline void decode_f32<Kind::nf4>(const uint8_t* codes, vf (*out)[PARTS]) {
+QUANTKIT_INLINE void decode_f32<Kind::nf4>(const uint8_t* codes, vf (*out)[PARTS]) {
     decode_words<Kind::nf4>(codes, out);
 }
 

@@ -16,12 +16,21 @@
 // Each result is summed by one thread in a fixed order: results do not depend on the number of threads.
 
 constexpr int PARTS = PANEL / LANES;
-#define LOC 2
-#define AH 4096
-constexpr int LOCALITY = LOC;
-constexpr int64_t AHEAD = AH;  // bytes; hardware prefetchers stop at 4 KiB pages
+// Prefetches a panel into the second-level cache, far enough ahead that memory is never waited for.
+QUANTKIT_INLINE void prefetch(const uint8_t* codes) { __builtin_prefetch(codes + 8192, 0, 2); }
 constexpr int64_t TILE_UNITS = 128 * TILE_K;
 constexpr int64_t MAX_ROWS = 512;  // of x that share a pass over the weights
+
+// f(0), f(1), ... f(N - 1), unrolled before the compiler looks for arrays that can live in registers.
+#define EACH(index) [&](auto index) __attribute__((always_inline))
+template <class F, int... I>
+QUANTKIT_INLINE void unroll(F&& f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+QUANTKIT_INLINE void unroll(F&& f) {
+    unroll(f, std::make_integer_sequence<int, N>{});
+}
 
 // Memory that a thread keeps for its next call.
 template <int ID>
@@ -75,33 +84,39 @@ inline float element(const Product& p, int64_t row, int64_t column) {
     return p.type == Type::f32 ? static_cast<const float*>(p.x)[at] : from_bf16(static_cast<const uint16_t*>(p.x)[at]);
 }
 
-// Scales of a group, times `factor`, as PARTS vectors.
-inline void load_scales(const Product& p, const uint8_t* panel, int64_t group, float factor, vf* out) {
+// Scales that are rarer: float16, and NF4's nested ones.
+__attribute__((noinline)) inline void unfold_scales(const Product& p, const uint8_t* panel, int64_t group, float* out) {
     const Layout& l = *p.layout;
     const uint8_t* at = panel + l.scales_at + group * PANEL * l.scale_bytes;
-    if (l.scale == Type::f32) {
-        for (int part = 0; part < PARTS; ++part) out[part] = load(reinterpret_cast<const float*>(at) + part * LANES);
-    } else if (l.scale == Type::bf16) {
-        for (int part = 0; part < PARTS; ++part) out[part] = load_bf16(reinterpret_cast<const uint16_t*>(at) + part * LANES);
+    if (l.scale == Type::f16) {
+        for (int lane = 0; lane < PANEL; ++lane) out[lane] = from_f16(reinterpret_cast<const uint16_t*>(at)[lane]);
+        return;
+    }
+    const uint8_t* nested = panel + l.nested_at;
+    uint32_t start;
+    float offset;
+    std::memcpy(&start, nested, 4);
+    std::memcpy(&offset, nested + 4, 4);
+    const auto* scales = reinterpret_cast<const float*>(nested + 8);
+    for (int lane = 0; lane < PANEL; ++lane)
+        out[lane] = p.map[at[lane]] * scales[(start + lane * l.groups + group) / NESTED] + offset;
+}
+
+// Scales of a group, divided by the engine's factor.
+template <class E>
+QUANTKIT_INLINE void load_scales(const Product& p, const uint8_t* panel, int64_t group, vf* out) {
+    const Layout& l = *p.layout;
+    const uint8_t* at = panel + l.scales_at + group * PANEL * l.scale_bytes;
+    if (l.scale == Type::bf16) {
+        unroll<PARTS>(EACH(part) { out[part] = load_bf16(reinterpret_cast<const uint16_t*>(at) + part * LANES); });
+    } else if (l.scale == Type::f32) {
+        unroll<PARTS>(EACH(part) { out[part] = load(reinterpret_cast<const float*>(at) + part * LANES); });
     } else {
         alignas(64) float values[PANEL];
-        if (l.scale == Type::f16) {
-            for (int lane = 0; lane < PANEL; ++lane)
-                values[lane] = from_f16(reinterpret_cast<const uint16_t*>(at)[lane]);
-        } else {
-            const uint8_t* nested = panel + l.nested_at;
-            uint32_t start;
-            float offset;
-            std::memcpy(&start, nested, 4);
-            std::memcpy(&offset, nested + 4, 4);
-            const auto* scales = reinterpret_cast<const float*>(nested + 8);
-            for (int lane = 0; lane < PANEL; ++lane)
-                values[lane] = p.map[at[lane]] * scales[(start + lane * l.groups + group) / NESTED] + offset;
-        }
-        for (int part = 0; part < PARTS; ++part) out[part] = load(values + part * LANES);
+        unfold_scales(p, panel, group, values);
+        unroll<PARTS>(EACH(part) { out[part] = load(values + part * LANES); });
     }
-    if (factor != 1)
-        for (int part = 0; part < PARTS; ++part) out[part] = out[part] * factor;
+    if constexpr (E::FACTOR != 1) unroll<PARTS>(EACH(part) { out[part] = out[part] * (1 / E::FACTOR); });
 }
 
 // Zero points of a group, less the middle code.
@@ -176,6 +191,33 @@ inline void window_sums(const Product& p, int64_t first, int64_t rows, float* ou
         }
 }
 
+// Codes times x to weights times x: takes zero points off, then applies scales.
+template <class E, int M>
+QUANTKIT_INLINE void scale_group(const Product& p, const uint8_t* panel, int64_t group, int64_t window,
+                                 const float* sums, vf (&dots)[M][PARTS]) {
+    const Layout& l = *p.layout;
+    vf scales[PARTS];
+    load_scales<E>(p, panel, group, scales);
+    if (l.zeros) {
+        vf zeros[PARTS];
+        load_zeros(l, panel, group, zeros);
+        unroll<M>(EACH(row) {
+            unroll<PARTS>(EACH(part) { dots[row][part] -= zeros[part] * sums[row * l.windows + window]; });
+        });
+    }
+    unroll<M>(EACH(row) { unroll<PARTS>(EACH(part) { dots[row][part] = dots[row][part] * scales[part]; }); });
+}
+
+template <int M, int N>
+QUANTKIT_INLINE void store_totals(const Product& p, int64_t first, const vf (&totals)[M][N][PARTS]) {
+    for (int row = 0; row < M; ++row)
+        for (int n = 0; n < N; ++n) {
+            alignas(64) float values[PANEL];
+            std::memcpy(values, totals[row][n], sizeof values);
+            store(p, first + n, row, values);
+        }
+}
+
 // N panels by M rows, codes decoded in registers.
 template <class E, int M, int N>
 void direct(const Product& p, int64_t first, const typename E::X* x, const float* sums) {
@@ -192,49 +234,37 @@ void direct(const Product& p, int64_t first, const typename E::X* x, const float
         const typename E::X* at = x + window * window_units;
         vf sum[CHAINS][M][N][PARTS] = {};
         for (int64_t block = 0; block < blocks; ++block) {
-#pragma GCC unroll 2
-            for (int n = 0; n < N; ++n) {
+            unroll<N>(EACH(n) {
                 const uint8_t* bytes = codes + n * panel_bytes;
-#pragma GCC unroll 2
-                for (int64_t line = 0; line < E::BYTES; line += 64) __builtin_prefetch(bytes + AHEAD + line, 0, LOCALITY);
+                unroll<E::BYTES / 64>(EACH(line) { prefetch(bytes + 64 * line); });
                 typename E::W weights[E::UNITS][PARTS];
                 E::decode(bytes, weights);
-#pragma GCC unroll 8
-                for (int unit = 0; unit < E::UNITS; ++unit)
-#pragma GCC unroll 8
-                    for (int row = 0; row < M; ++row)
-#pragma GCC unroll 4
-                        for (int part = 0; part < PARTS; ++part) {
+                unroll<E::UNITS>(EACH(unit) {
+                    unroll<M>(EACH(row) {
+                        unroll<PARTS>(EACH(part) {
                             vf& into = sum[unit % CHAINS][row][n][part];
                             into = E::fma(into, weights[unit][part], at[unit * M + row]);
-                        }
-            }
+                        });
+                    });
+                });
+            });
             codes += E::BYTES;
             at += E::UNITS * M;
         }
-        for (int n = 0; n < N; ++n) {
+        unroll<N>(EACH(n) {
             const uint8_t* bytes = panel + n * panel_bytes;
-            vf scales[PARTS], zeros[PARTS];
-            load_scales(p, bytes, group, 1 / E::FACTOR, scales);
-            for (int row = 0; row < M; ++row)
-                for (int part = 0; part < PARTS; ++part)
-                    for (int chain = 1; chain < CHAINS; ++chain) sum[0][row][n][part] += sum[chain][row][n][part];
-            if (l.zeros) {
-                load_zeros(l, bytes, group, zeros);
-                for (int row = 0; row < M; ++row)
-                    for (int part = 0; part < PARTS; ++part)
-                        sum[0][row][n][part] -= zeros[part] * sums[row * l.windows + window];
-            }
-            for (int row = 0; row < M; ++row)
-                for (int part = 0; part < PARTS; ++part) totals[row][n][part] += sum[0][row][n][part] * scales[part];
-        }
+            vf dots[M][PARTS];
+            unroll<M>(EACH(row) {
+                unroll<PARTS>(EACH(part) {
+                    dots[row][part] = sum[0][row][n][part];
+                    unroll<CHAINS - 1>(EACH(chain) { dots[row][part] += sum[chain + 1][row][n][part]; });
+                });
+            });
+            scale_group<E, M>(p, bytes, group, window, sums, dots);
+            unroll<M>(EACH(row) { unroll<PARTS>(EACH(part) { totals[row][n][part] += dots[row][part]; }); });
+        });
     }
-    for (int row = 0; row < M; ++row)
-        for (int n = 0; n < N; ++n) {
-            alignas(64) float values[PANEL];
-            std::memcpy(values, totals[row][n], sizeof values);
-            store(p, first + n, row, values);
-        }
+    store_totals(p, first, totals);
 }
 
 // A decoded tile by M rows: totals (M, TILE_PANELS * 16) += scales * (tile x).
@@ -243,21 +273,19 @@ void micro(const typename E::W* tile, const typename E::X* x, int64_t units, con
     constexpr int WIDTH = TILE_PANELS * PARTS;
     vf sum[M][WIDTH] = {};
     for (int64_t unit = 0; unit < units; ++unit) {
-#pragma GCC unroll 16
-        for (int row = 0; row < M; ++row)
-#pragma GCC unroll 8
-            for (int part = 0; part < WIDTH; ++part) sum[row][part] = E::fma(sum[row][part], tile[part], x[row]);
+        unroll<M>(EACH(row) {
+            unroll<WIDTH>(EACH(part) { sum[row][part] = E::fma(sum[row][part], tile[part], x[row]); });
+        });
         tile += WIDTH;
         x += M;
     }
-#pragma GCC unroll 16
-    for (int row = 0; row < M; ++row)
-#pragma GCC unroll 8
-        for (int part = 0; part < WIDTH; ++part) {
+    unroll<M>(EACH(row) {
+        unroll<WIDTH>(EACH(part) {
             float* at = totals + (row * WIDTH + part) * LANES;
             const vf whole = load(at) + sum[row][part] * scales[part];
             std::memcpy(at, &whole, sizeof whole);
-        }
+        });
+    });
 }
 
 template <class E>
@@ -289,7 +317,7 @@ void tiled(const Product& p, int64_t first, const Blocks& blocks, const typename
         const int64_t window_blocks = l.width(window) / BLOCK;
         for (int panel = 0; panel < count; ++panel) {
             const uint8_t* bytes = p.weight + (first + panel) * l.panel_bytes;
-            load_scales(p, bytes, group, 1 / E::FACTOR, scales + panel * PARTS);
+            load_scales<E>(p, bytes, group, scales + panel * PARTS);
             if (l.zeros) {
                 load_zeros(l, bytes, group, zeros + panel * PARTS);
                 for (int part = panel * PARTS; part < (panel + 1) * PARTS; ++part) zeros[part] = zeros[part] * scales[part];
