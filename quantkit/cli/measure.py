@@ -199,7 +199,7 @@ def _path(attention: str) -> dict[str, Any]:
     from quantkit.kernels.ops import choose_backend
 
     return {
-        "backend": choose_backend(),
+        "backend": choose_backend(device="cuda"),
         "attention": attention,
         "cuda_graphs": False,
         "expandable_segments": False,

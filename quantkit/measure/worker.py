@@ -79,13 +79,16 @@ def _decoder(model: str, scheme: QuantScheme, attention: str, device: torch.devi
 
         checkpoint = open_checkpoint(Path(model))
         plan = {} if checkpoint.schemes else plan_weights(checkpoint.config, scheme)
-        return load(checkpoint, scheme.dtype, plan, device, attention)
+        return load(checkpoint, scheme.dtype, plan, device, attention, backend="reference")
     config = PRESETS[model]
     path = attention if device.type == "cpu" else attention_path(config, scheme, attention)
     decoder = build(config, scheme, plan_weights(config, scheme), path, device)
     for weight in decoder.weights.values():
-        for part in weight.parts().values() if isinstance(weight, QuantizedTensor) else (weight,):
-            _fill(part)
+        if isinstance(weight, torch.Tensor):
+            _fill(weight)
+        elif isinstance(weight, QuantizedTensor):
+            for part in weight.parts().values():
+                _fill(part)
     return decoder
 
 

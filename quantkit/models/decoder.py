@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from quantkit.config import ModelConfig
 from quantkit.models.attention import Attention, choose_path
 from quantkit.models.kv_cache import KVCache
-from quantkit.models.linear import Linear
-from quantkit.tensor import QuantizedTensor
+from quantkit.models.linear import Fused, Linear, Weight
 
-Weight = torch.Tensor | QuantizedTensor
+FUSED = {  # what a backend may run as one matrix: the parts share their input
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,10 @@ class Block:
     """The weights of one layer."""
 
     attention_norm: torch.Tensor
-    q: Linear
-    k: Linear
-    v: Linear
+    qkv: Fused | tuple[Linear, Linear, Linear]
     o: Linear
     ffn_norm: torch.Tensor
-    gate: Linear
-    up: Linear
+    gate_up: Fused | tuple[Linear, Linear]
     down: Linear
 
 
@@ -46,7 +45,8 @@ class Decoder:
 
     Args:
         config: shapes and constants.
-        weights: every tensor of `config.tensors` by name, plain ones in `dtype`.
+        weights: every tensor of `config.tensors` by name, plain ones in `dtype`. In place of the parts that
+            `FUSED` lists there may be one matrix of that name.
         dtype: compute dtype.
         attention: `flash`, `math`, `sdpa`, or `auto` for the best there is on the weights' device.
 
@@ -127,9 +127,14 @@ class Decoder:
     ) -> torch.Tensor:
         h = self._rms_norm(x, block.attention_norm)
         heads = (*h.shape[:2], -1, self.config.head_dim)
-        q = rotate(block.q(h).view(heads), cos, sin)  # (B, T, n_heads, head_dim)
-        k = rotate(block.k(h).view(heads), cos, sin)  # (B, T, n_kv_heads, head_dim)
-        v = block.v(h).view(heads)
+        if isinstance(block.qkv, Fused):
+            q, k, v = (part.view(heads) for part in block.qkv(h))
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        else:
+            project_q, project_k, project_v = block.qkv
+            q = rotate(project_q(h).view(heads), cos, sin)  # (B, T, n_heads, head_dim)
+            k = rotate(project_k(h).view(heads), cos, sin)  # (B, T, n_kv_heads, head_dim)
+            v = project_v(h).view(heads)
         del h
         if cache.hadamard is not None:  # q . k stays as it is, and the keys' outliers are spread
             q = q @ cache.hadamard[0]
@@ -142,8 +147,13 @@ class Decoder:
 
     def _ffn(self, x: torch.Tensor, block: Block) -> torch.Tensor:
         h = self._rms_norm(x, block.ffn_norm)
-        wide = F.silu(block.gate(h), inplace=True)  # (B, T, ffn)
-        up = block.up(h)
+        if isinstance(block.gate_up, Fused):
+            gate, up = block.gate_up(h)
+            wide = F.silu(gate)  # (B, T, ffn)
+        else:
+            project_gate, project_up = block.gate_up
+            wide = F.silu(project_gate(h), inplace=True)
+            up = project_up(h)
         del h
         wide.mul_(up)
         del up
@@ -163,19 +173,29 @@ class Decoder:
     def _block(self, prefix: str) -> Block:
         return Block(
             attention_norm=self._plain(f"{prefix}.input_layernorm.weight"),
-            q=self._linear(f"{prefix}.self_attn.q_proj"),
-            k=self._linear(f"{prefix}.self_attn.k_proj"),
-            v=self._linear(f"{prefix}.self_attn.v_proj"),
+            qkv=self._fused(prefix, "self_attn.qkv_proj"),  # type: ignore[arg-type]
             o=self._linear(f"{prefix}.self_attn.o_proj"),
             ffn_norm=self._plain(f"{prefix}.post_attention_layernorm.weight"),
-            gate=self._linear(f"{prefix}.mlp.gate_proj"),
-            up=self._linear(f"{prefix}.mlp.up_proj"),
+            gate_up=self._fused(prefix, "mlp.gate_up_proj"),  # type: ignore[arg-type]
             down=self._linear(f"{prefix}.mlp.down_proj"),
         )
 
     def _linear(self, module: str) -> Linear:
-        bias = f"{module}.bias"
-        return Linear(self.weights[f"{module}.weight"], self._plain(bias) if bias in self.weights else None)
+        return Linear(self.weights[f"{module}.weight"], self._bias(module))
+
+    def _fused(self, prefix: str, name: str) -> Fused | tuple[Linear, ...]:
+        parts = [f"{prefix}.{part}" for part in FUSED[name]]
+        weight = self.weights.get(f"{prefix}.{name}.weight")
+        if weight is None:
+            return tuple(self._linear(part) for part in parts)
+        biases = [bias for part in parts if (bias := self._bias(part)) is not None]
+        rows = {spec.name: spec.shape[0] for spec in self.config.tensors}
+        bias = torch.cat(biases) if biases else None
+        return Fused(Linear(weight, bias), [rows[f"{part}.weight"] for part in parts])
+
+    def _bias(self, module: str) -> torch.Tensor | None:
+        name = f"{module}.bias"
+        return self._plain(name) if name in self.weights else None
 
     def _plain(self, name: str) -> torch.Tensor:
         weight = self.weights[name]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from quantkit.config import TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.models.decoder import Decoder
+from quantkit.kernels import ops
+from quantkit.models.decoder import FUSED, Decoder
+from quantkit.models.linear import Weight
 from quantkit.quantize import quantize
 from quantkit.schemes import QuantScheme
 from quantkit.tensor import QuantizedTensor
@@ -24,6 +26,7 @@ def load(
     device: torch.device | str = "cpu",
     attention: str = "auto",
     progress: Callable[[int], None] | None = None,
+    backend: str = "auto",
 ) -> Decoder:
     """Return a model ready to run.
 
@@ -35,8 +38,10 @@ def load(
         device: where the weights go.
         attention: as Decoder has it.
         progress: called with the number of elements after each tensor.
+        backend: what runs quantized matrices, which are repacked for it: `native`, `reference` or `auto`.
 
     Raises:
+        BackendError: the backend cannot run on that device.
         CheckpointError: a weight is NaN or infinite, or `plan` meets a model that is quantized already.
     """
     if plan and checkpoint.schemes:
@@ -44,19 +49,48 @@ def load(
         raise CheckpointError(f"{checkpoint.path} is quantized already ({name} is {scheme.name})")
     compute = TORCH_DTYPES[dtype or checkpoint.config.dtype]
     stored = TORCH_DTYPES[checkpoint.config.dtype]
-    weights: dict[str, torch.Tensor | QuantizedTensor] = {}
+    chosen = ops.choose_backend(backend, device)
+    weights: dict[str, Weight] = {}
+    waiting: dict[str, QuantizedTensor] = {}  # parts of what may be fused
     for spec in checkpoint.config.tensors:
         weight = read_finite(checkpoint, spec)
-        if isinstance(weight, QuantizedTensor):
-            weights[spec.name] = weight.to(device)
-        elif plan and spec.name in plan:
-            weights[spec.name] = quantize(weight, plan[spec.name], stored).to(device)
-        else:
+        if plan and spec.name in plan and isinstance(weight, torch.Tensor):
+            weight = quantize(weight, plan[spec.name], stored)
+        fused, parts = _fused(spec.name)
+        if isinstance(weight, torch.Tensor):
             kept = weight.to(stored) if plan else weight
             weights[spec.name] = kept.to(device, compute)
+        elif parts:
+            waiting[spec.name] = weight.to(device)
+        else:
+            weights[spec.name] = ops.prepare(weight.to(device), chosen)
+        if parts and spec.name == parts[-1]:
+            weights |= _prepare_parts(fused, parts, waiting, chosen)
+            waiting = {}
         if progress:
             progress(spec.elements)
     return Decoder(checkpoint.config, weights, compute, attention)
+
+
+def _fused(name: str) -> tuple[str, list[str]]:
+    """Return the name under which a weight may be fused and those of all parts, or no parts."""
+    for fused, parts in FUSED.items():
+        for part in parts:
+            if name.endswith(f".{part}.weight"):
+                prefix = name.removesuffix(f"{part}.weight")
+                return f"{prefix}{fused}.weight", [f"{prefix}{each}.weight" for each in parts]
+    return name, []
+
+
+def _prepare_parts(
+    name: str, parts: Sequence[str], weights: Mapping[str, QuantizedTensor], backend: str
+) -> dict[str, ops.Prepared]:
+    """Return the quantized ones of `parts` ready to run: all as one, or each by itself."""
+    if len(weights) == len(parts):
+        fused = ops.fuse([weights[part] for part in parts], backend)
+        if fused is not None:
+            return {name: fused}
+    return {part: ops.prepare(weight, backend) for part, weight in weights.items()}
 
 
 def read_finite(checkpoint: Checkpoint, spec: TensorSpec) -> torch.Tensor | QuantizedTensor:

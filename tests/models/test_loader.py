@@ -32,7 +32,7 @@ def test_estimated_weight_bytes_equal_the_loaded_ones(
     config = tiny_config(**MODELS[model], dtype=dtype)
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "model", config, dtype=dtype, seed=0))
     plan = plan_weights(checkpoint.config, scheme)
-    decoder = load(checkpoint, scheme.dtype, plan)
+    decoder = load(checkpoint, scheme.dtype, plan, backend="reference")
     assert decoder.weights_bytes == weight_bytes(checkpoint.config, scheme, plan)
 
 
@@ -41,7 +41,7 @@ def test_ragged_matrices_follow_the_policy_in_memory(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "model", config, dtype="bf16", seed=0))
     for policy, found in (("short", "int4-g32"), ("int8", "int8"), ("keep", None)):
         plan = plan_weights(checkpoint.config, SCHEMES["int4-g32"], indivisible=policy)
-        decoder = load(checkpoint, plan=plan)
+        decoder = load(checkpoint, plan=plan, backend="reference")
         down = decoder.weights["model.layers.0.mlp.down_proj.weight"]
         assert (down.scheme.name if isinstance(down, QuantizedTensor) else None) == found
         assert decoder.weights_bytes == weight_bytes(checkpoint.config, SCHEMES["int4-g32"], plan)
@@ -61,8 +61,8 @@ def test_weights_that_are_not_finite_are_named(value: float, tmp_path: Path) -> 
 @pytest.mark.parametrize("dtype", TORCH_DTYPES)
 def test_a_compute_dtype_casts_plain_tensors_only(dtype: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "model", tiny_config(), dtype="bf16", seed=0))
-    decoder = load(checkpoint, dtype, plan_weights(checkpoint.config, SCHEMES["int8"]))
+    decoder = load(checkpoint, dtype, plan_weights(checkpoint.config, SCHEMES["int8"]), backend="reference")
     assert decoder.embedding.dtype == TORCH_DTYPES[dtype]
-    q = decoder.blocks[0].q.weight
+    q = decoder.weights["model.layers.0.self_attn.q_proj.weight"]
     assert isinstance(q, QuantizedTensor)
     assert q.scales.dtype == torch.bfloat16

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from calculators.units import ceil_div
 from quantkit.errors import BackendError
 from quantkit.quantize.nf4 import dynamic_map
 from quantkit.schemes import QuantScheme
@@ -28,14 +28,13 @@ PANEL_ROWS = 16  # rows that are packed together
 _BLOCK_COLS = 8
 
 
-@lru_cache
+@cache
 def extension() -> ModuleType | None:
     """Return the compiled module, None where the package was installed without a compiler, or never."""
     try:
-        from quantkit.kernels.native import _native  # after torch, whose OpenMP runtime it shares
-    except ImportError:
+        return import_module("quantkit.kernels.native._native")  # after torch, whose OpenMP runtime it shares
+    except ModuleNotFoundError:
         return None
-    return _native
 
 
 @dataclass(frozen=True)
@@ -47,17 +46,14 @@ class PackedWeight:
         shape: (N, K).
         scheme: the precision.
         scale_dtype: of the scales as stored; uint8 where they are quantized in turn.
+        nbytes: of the codes and scales as a checkpoint has them; `data` pads ragged rows and columns.
     """
 
     data: torch.Tensor
     shape: tuple[int, int]
     scheme: QuantScheme
     scale_dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and padding."""
-        return self.data.nbytes
+    nbytes: int
 
     @property
     def device(self) -> torch.device:
@@ -69,22 +65,24 @@ class PackedWeight:
         return _layout_key(self.scheme, self.shape, self.scale_dtype)
 
 
-def takes(weight: QuantizedTensor) -> bool:
-    """Whether the kernels can run this matrix: groups are whole blocks of 8 columns, or whole rows."""
-    scheme = weight.scheme
-    return scheme.group % _BLOCK_COLS == 0 or (scheme.method == "int" and scheme.group >= weight.shape[1])
-
-
 def fusable(weights: Sequence[QuantizedTensor]) -> bool:
-    """Whether matrices of one K can be packed into one, below each other."""
+    """Whether matrices can be packed below each other: one K, one scheme, whole panels.
+
+    A single one can be where a group is whole blocks of 8 columns, or a whole row.
+    """
     first = weights[0]
-    return all(
-        takes(weight)
-        and weight.scheme == first.scheme
-        and weight.scales.dtype == first.scales.dtype
-        and weight.shape[1] == first.shape[1]
-        and weight.shape[0] % PANEL_ROWS == 0
-        for weight in weights
+    whole = first.scheme.group % _BLOCK_COLS == 0 or (
+        first.scheme.method == "int" and first.scheme.group >= first.shape[1]
+    )
+    return whole and (
+        len(weights) == 1
+        or all(
+            weight.scheme == first.scheme
+            and weight.scales.dtype == first.scales.dtype
+            and weight.shape[1] == first.shape[1]
+            and weight.shape[0] % PANEL_ROWS == 0
+            for weight in weights
+        )
     )
 
 
@@ -94,9 +92,9 @@ def pack(weights: Sequence[QuantizedTensor]) -> PackedWeight:
     Raises:
         BackendError: there is no extension, or it cannot take the matrices.
     """
-    native = _required()
-    if not weights or not (takes(weights[0]) if len(weights) == 1 else fusable(weights)):
-        raise BackendError("the native backend cannot take these matrices: groups must be multiples of 8")
+    native = require()
+    if not weights or not fusable(weights):
+        raise BackendError("the native backend cannot take these matrices: see `fusable`")
     scheme, cols = weights[0].scheme, weights[0].shape[1]
     scale_dtype = weights[0].scales.dtype
     layouts = [_layout(*_layout_key(scheme, weight.shape, scale_dtype)) for weight in weights]
@@ -116,7 +114,8 @@ def pack(weights: Sequence[QuantizedTensor]) -> PackedWeight:
             threads=torch.get_num_threads(),
         )
         start += layout.nbytes
-    return PackedWeight(data, (sum(weight.shape[0] for weight in weights), cols), scheme, scale_dtype)
+    rows, nbytes = sum(weight.shape[0] for weight in weights), sum(weight.nbytes for weight in weights)
+    return PackedWeight(data, (rows, cols), scheme, scale_dtype, nbytes)
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -128,15 +127,26 @@ def _layout_key(
     scheme: QuantScheme, shape: tuple[int, int], scale_dtype: torch.dtype
 ) -> tuple[str, int, int, int, str, bool]:
     kind = scheme.method if scheme.method == "nf4" else f"int{scheme.bits}"
-    return kind, *shape, scheme.group or shape[1], str(scale_dtype).removeprefix("torch."), not scheme.symmetric
+    return (
+        kind,
+        *shape,
+        scheme.group or shape[1],
+        str(scale_dtype).removeprefix("torch."),
+        not scheme.symmetric,
+    )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _layout(kind: str, rows: int, cols: int, group: int, scale: str, zeros: bool) -> Any:
-    return _required().Layout(kind, rows, cols, group, scale, zeros)
+    return require().Layout(kind, rows, cols, group, scale, zeros)
 
 
-def _required() -> ModuleType:
+def require() -> ModuleType:
+    """Return the compiled module.
+
+    Raises:
+        BackendError: there is none.
+    """
     native = extension()
     if native is None:
         raise BackendError(
@@ -170,7 +180,7 @@ def _packed_linear(
     if x.dtype == torch.float16:
         flat = flat.float()
     out = torch.empty(flat.shape[0], rows, dtype=flat.dtype)
-    _required().multiply(
+    require().multiply(
         _layout(kind, rows, cols, group, scale, zeros),
         weight,
         flat,
