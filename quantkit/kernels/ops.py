@@ -70,3 +70,10 @@ def linear(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None = None) 
     if isinstance(weight, PackedWeight):
         return native.linear(x, weight, bias)
     return reference.linear(x, weight, bias)
+
+
+def plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return x @ W.T + bias for x (..., K) and a plain (N, K) matrix."""
+    if native.takes_plain(x, weight):
+        return native.plain_linear(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)

@@ -23,7 +23,7 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if isinstance(self.weight, torch.Tensor):
-            return torch.nn.functional.linear(x, self.weight, self.bias)
+            return ops.plain_linear(x, self.weight, self.bias)
         return ops.linear(x, self.weight, self.bias)
 
     @property

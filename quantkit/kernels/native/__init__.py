@@ -123,6 +123,22 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
     return torch.ops.quantkit.packed_linear(x, weight.data, bias, *weight.layout)
 
 
+def takes_plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `plain_linear` can run, and reads the matrix faster than torch: one or two rows of bfloat16."""
+    return (
+        x.dtype == weight.dtype == torch.bfloat16
+        and x.device.type == weight.device.type == "cpu"
+        and 0 < x.numel() <= 2 * x.shape[-1]
+        and weight.is_contiguous()
+        and extension() is not None
+    )
+
+
+def plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return x @ W.T + bias for one or two rows x (..., K) and W (N, K), all bfloat16."""
+    return torch.ops.quantkit.plain_linear(x, weight, bias)
+
+
 def _layout_key(
     scheme: QuantScheme, shape: tuple[int, int], scale_dtype: torch.dtype
 ) -> tuple[str, int, int, int, str, bool]:
@@ -205,3 +221,20 @@ def _packed_linear_fake(
     zeros: bool,
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], rows)
+
+
+_LIBRARY.define("plain_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "plain_linear", "CPU")
+def _plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    out = torch.empty(flat.shape[0], weight.shape[0], dtype=x.dtype)
+    wide = None if bias is None else bias.float()
+    require().multiply_plain(weight, flat, out, wide, torch.get_num_threads())
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("quantkit::plain_linear", lib=_LIBRARY)
+def _plain_linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

@@ -36,3 +36,4 @@ QUANTKIT_INLINE void decode_f32<Kind::nf4>(const uint8_t* codes, vf (*out)[PARTS
 }
 
 QUANTKIT_INLINE vf fused(vf sum, vf weights, float x) { return _mm512_fmadd_ps(weights, _mm512_set1_ps(x), sum); }
+QUANTKIT_INLINE vf fused(vf sum, vf weights, vf x) { return _mm512_fmadd_ps(weights, x, sum); }

@@ -32,23 +32,23 @@ void pack_integers(const Product& p, uint32_t* words, float* scales, int32_t* su
                     const uint16_t magnitude = x[column] & 0x7fff;
                     most = magnitude > most ? magnitude : most;
                 }
-                const float absmax = from_bf16(most);
-                const float inverse = absmax > 0 ? I::LIMIT / absmax : 0;
+                const float absmax = from_bf16(most);  // where it is not finite, neither is any result
+                const float inverse = absmax > 0 && most < 0x7f80 ? I::LIMIT / absmax : 0;
                 const int64_t at = (window * per_window + chunk) * p.m + row;
                 int totals[2] = {0, 0};
                 for (int64_t column = start; column < end; column += BLOCK) {
+                    alignas(32) float scaled[BLOCK] = {};
+                    if (inverse > 0) {
+                        const int64_t left = stop - column;
+                        for (int index = 0; index < BLOCK; ++index)
+                            if (left >= BLOCK || index < left) scaled[index] = from_bf16(x[column + index]) * inverse;
+                    }
                     int values[BLOCK];
-                    if (column + BLOCK <= stop)
-                        for (int index = 0; index < BLOCK; ++index)
-                            values[index] = static_cast<int>(__builtin_rintf(from_bf16(x[column + index]) * inverse));
-                    else
-                        for (int index = 0; index < BLOCK; ++index)
-                            values[index] = column + index < stop ? static_cast<int>(__builtin_rintf(
-                                                                        from_bf16(x[column + index]) * inverse))
-                                                                  : 0;
+                    for (int index = 0; index < BLOCK; ++index)
+                        values[index] = static_cast<int>(__builtin_rintf(scaled[index]));
                     I::split(values, words + (column / BLOCK * p.m + row) * WORDS, totals);
                 }
-                scales[at] = absmax / I::LIMIT;
+                scales[at] = most < 0x7f80 ? absmax / I::LIMIT : __builtin_nanf("");
                 sums[2 * at] = -I::OFFSET * totals[0];
                 sums[2 * at + 1] = -I::OFFSET * totals[1];
             }

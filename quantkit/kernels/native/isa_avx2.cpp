@@ -70,9 +70,11 @@ QUANTKIT_INLINE void decode_f32<Kind::nf4>(const uint8_t* codes, vf (*out)[PARTS
     });
 }
 
-inline vf fused(vf sum, vf weights, float x) { return _mm256_fmadd_ps(weights, _mm256_set1_ps(x), sum); }
+QUANTKIT_INLINE vf fused(vf sum, vf weights, float x) { return _mm256_fmadd_ps(weights, _mm256_set1_ps(x), sum); }
+QUANTKIT_INLINE vf fused(vf sum, vf weights, vf x) { return _mm256_fmadd_ps(weights, x, sum); }
 
 #include "engines.inl"
+#include "plain.inl"
 
 #include "integer.inl"
 
@@ -209,5 +211,7 @@ void product(const Product& p) {
     }
     product_by<F32>(p);
 }
+
+void plain(const PlainProduct& p) { plain_by(p); }
 
 }  // namespace avx2

@@ -28,9 +28,12 @@ inline vf load_bf16(const uint16_t* at) {
 #include "avx512.inl"
 
 #include "engines.inl"
+#include "plain.inl"
 
 }  // namespace
 
 void product(const Product& p) { product_by<F32>(p); }
+
+void plain(const PlainProduct& p) { plain_by(p); }
 
 }  // namespace avx512

@@ -28,6 +28,7 @@ inline vf load_bf16(const uint16_t* at) {
 #include "avx512.inl"
 
 #include "engines.inl"
+#include "plain.inl"
 
 // 32 bfloat16: the 16 values twice, so that the bit above a code does not matter.
 struct Table {
@@ -157,5 +158,7 @@ void product(const Product& p) {
     if (p.layout->kind == Kind::int4) return few_rows<Kind::int4>(p);
     run<BF16<Kind::nf4>>(p);
 }
+
+void plain(const PlainProduct& p) { plain_by(p); }
 
 }  // namespace avx512bf16

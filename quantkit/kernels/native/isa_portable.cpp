@@ -60,12 +60,16 @@ QUANTKIT_INLINE void decode_f32<Kind::nf4>(const uint8_t* codes, vf (*out)[PARTS
     decode_words<Kind::nf4>(codes, out);
 }
 
-inline vf fused(vf sum, vf weights, float x) { return sum + weights * x; }
+QUANTKIT_INLINE vf fused(vf sum, vf weights, float x) { return sum + weights * x; }
+QUANTKIT_INLINE vf fused(vf sum, vf weights, vf x) { return sum + weights * x; }
 
 #include "engines.inl"
+#include "plain.inl"
 
 }  // namespace
 
 void product(const Product& p) { product_by<F32>(p); }
+
+void plain(const PlainProduct& p) { plain_by(p); }
 
 }  // namespace portable

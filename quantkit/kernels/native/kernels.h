@@ -3,9 +3,15 @@
 
 #include "layout.h"
 
-namespace portable { void product(const Product&); }
+#define QUANTKIT_KERNELS(ISA)            \
+    namespace ISA {                      \
+    void product(const Product&);        \
+    void plain(const PlainProduct&);     \
+    }
+
+QUANTKIT_KERNELS(portable)
 #ifdef QUANTKIT_X86
-namespace avx2 { void product(const Product&); }
-namespace avx512 { void product(const Product&); }
-namespace avx512bf16 { void product(const Product&); }
+QUANTKIT_KERNELS(avx2)
+QUANTKIT_KERNELS(avx512)
+QUANTKIT_KERNELS(avx512bf16)
 #endif

@@ -94,6 +94,17 @@ struct Product {
     int threads;
 };
 
+// y (m, rows) = x (m, cols) times a bfloat16 matrix (rows, cols) transposed, plus bias (rows,) or null; m is 1 or 2.
+struct PlainProduct {
+    const uint16_t* weight;
+    int64_t rows, cols;
+    const uint16_t* x;
+    uint16_t* y;
+    int64_t m;
+    const float* bias;
+    int threads;
+};
+
 // Canonical parts of a matrix, as QuantizedTensor has them.
 struct Canonical {
     const uint8_t* codes;

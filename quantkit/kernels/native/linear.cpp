@@ -115,6 +115,32 @@ void multiply(const Layout& l, const Array& weight, const Array& x, const Array&
     }
 }
 
+void multiply_plain(const Array& weight, const Array& x, const Array& out, const std::optional<Array>& bias,
+                    int threads) {
+    check(weight, "weight", {BF16});
+    check(x, "x", {BF16});
+    if (weight.ndim() != 2) throw std::invalid_argument("weight must have two dimensions");
+    const auto rows = static_cast<int64_t>(weight.shape(0)), cols = static_cast<int64_t>(weight.shape(1));
+    if (x.ndim() != 2 || static_cast<int64_t>(x.shape(1)) != cols || x.shape(0) < 1 || x.shape(0) > 2)
+        throw std::invalid_argument("x must have shape (1 or 2, " + std::to_string(cols) + ")");
+    const auto m = static_cast<int64_t>(x.shape(0));
+    check(out, "out", {BF16}, m * rows);
+    if (bias) check(*bias, "bias", {nb::dtype<float>()}, rows);
+    check_threads(threads);
+    const PlainProduct p{data<uint16_t>(weight), rows, cols, data<uint16_t>(x), data<uint16_t>(out), m,
+                         bias ? data<float>(*bias) : nullptr, threads};
+    const Isa level = isa();
+    nb::gil_scoped_release release;
+    switch (level) {
+#ifdef QUANTKIT_X86
+        case Isa::avx512bf16: return avx512bf16::plain(p);
+        case Isa::avx512: return avx512::plain(p);
+        case Isa::avx2: return avx2::plain(p);
+#endif
+        default: return portable::plain(p);
+    }
+}
+
 }  // namespace
 
 void bind_linear(nb::module_& module) {
@@ -131,6 +157,8 @@ void bind_linear(nb::module_& module) {
                nb::arg("zeros").noconvert().none(), nb::arg("nested_scales").noconvert().none(),
                nb::arg("nested_offset"), nb::arg("map").noconvert().none(), nb::arg("out").noconvert(),
                nb::arg("threads"));
+    module.def("multiply_plain", &multiply_plain, nb::arg("weight").noconvert(), nb::arg("x").noconvert(),
+               nb::arg("out").noconvert(), nb::arg("bias").noconvert().none(), nb::arg("threads"));
     module.def("multiply", &multiply, nb::arg("layout"), nb::arg("weight").noconvert(), nb::arg("x").noconvert(),
                nb::arg("out").noconvert(), nb::arg("bias").noconvert().none(), nb::arg("map").noconvert().none(),
                nb::arg("threads"));

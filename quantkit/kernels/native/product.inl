@@ -222,7 +222,7 @@ QUANTKIT_INLINE void store_totals(const Product& p, int64_t first, const vf (&to
 template <class E, int M, int N>
 void direct(const Product& p, int64_t first, const typename E::X* x, const float* sums) {
     const Layout& l = *p.layout;
-    constexpr int CHAINS = M * N >= 4 ? 1 : 4 / (M * N);
+    constexpr int CHAINS = M == 1 ? 2 : 1;  // sums in flight; the same for any N, and so is the result
     const int64_t panel_bytes = l.panel_bytes, groups = l.groups;
     const int64_t repeat_bits = l.repeat_bits, window_units = l.window / BLOCK * E::UNITS * M;
     const uint8_t* panel = p.weight + first * panel_bytes;

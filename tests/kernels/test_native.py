@@ -1,0 +1,303 @@
+"""The CPU kernels against the oracle, for every instruction set this machine has."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from quantkit.errors import BackendError
+from quantkit.kernels import native, ops, reference
+from quantkit.quantize import quantize
+from quantkit.schemes import SCHEMES, QuantScheme, int_scheme, nf4_scheme
+from quantkit.tensor import QuantizedTensor
+
+pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension is not built")
+
+ISAS = ["portable", "avx2", "avx512", "avx512bf16"]
+QUANTIZED = [scheme for scheme in SCHEMES.values() if scheme.quantized]
+ODD_GROUPS = [
+    int_scheme(4, 0, True),
+    int_scheme(4, 0, False),
+    int_scheme(4, 256, True),
+    nf4_scheme(128, True),
+]
+ROWS = (1, 2, 3, 7, 16, 33, 64, 257)
+SHAPES = ((1, 8), (16, 64), (33, 172), (64, 576), (7, 301), (40, 1000), (48, 2048), (5, 15))
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param not in native.require().available_isas():
+        pytest.skip(f"this machine has no {request.param}")
+    monkeypatch.setenv("QUANTKIT_ISA", request.param)
+    return request.param
+
+
+def random_matrix(
+    scheme: QuantScheme, shape: tuple[int, int], scales: torch.dtype, seed: int = 0
+) -> QuantizedTensor:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.rand(shape[0], 1, generator=generator) + 0.01
+    return quantize(torch.randn(shape, generator=generator) * rows, scheme, scales)
+
+
+def bound(
+    weight: QuantizedTensor, x: torch.Tensor, exact: torch.Tensor, isa: str, few: bool = True
+) -> torch.Tensor:
+    """Return how far each result may be from `exact`: (M, N) float64.
+
+    float32: each factor is exact, so only sums round. bfloat16: the result is rounded once more; where a kernel
+    rounds NF4's codebook or takes x as blocked integers, what `codebook.h`, `integer.inl` and the engines state.
+    """
+    matrix = reference.dequantize(weight).double()
+    magnitude = x.double().abs() @ matrix.abs().T
+    allowed = (weight.shape[1] + 8) * 2.0**-24 * magnitude
+    if (
+        weight.scheme.method == "int" and not weight.scheme.symmetric
+    ):  # sums are taken of codes before zero points
+        spread = 16 * weight.scales.double().amax() * x.double().abs().sum(dim=-1, keepdim=True)
+        allowed = allowed + (weight.shape[1] + 8) * 2.0**-24 * spread
+    if x.dtype == torch.float32:
+        return allowed + 1e-30
+    allowed = allowed + 2.0**-8 * exact.abs()
+    nf4 = weight.scheme.method == "nf4"
+    if isa == "avx512bf16" and nf4:
+        allowed = allowed + 0.00157 * magnitude
+    limit = {"avx2": 8191 if nf4 else 32512, "avx512bf16": 32512}.get(isa)
+    if (
+        limit and few and not (isa == "avx512bf16" and nf4)
+    ):  # an element of x is off by half a step of its chunk
+        peak = x.double().abs().amax(dim=-1, keepdim=True)
+        allowed = allowed + peak / (2 * limit) * matrix.abs().sum(dim=1)
+        if isa == "avx2" and nf4:
+            allowed = allowed + 0.5 / 4096 / 0.0795 * magnitude
+    return allowed + 1e-30
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED + ODD_GROUPS, ids=lambda scheme: scheme.name)
+def test_every_shape_meets_the_oracle(scheme: QuantScheme, isa: str) -> None:
+    dtypes = itertools.cycle((torch.bfloat16, torch.float16, torch.float32))
+    for shape in SHAPES:
+        weight = random_matrix(scheme, shape, next(dtypes))
+        packed = native.pack([weight])
+        matrix = reference.dequantize(weight).double()
+        for rows, dtype in itertools.product(ROWS, (torch.float32, torch.bfloat16)):
+            x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows)).to(dtype)
+            exact = x.double() @ matrix.T
+            found = native.linear(x, packed)
+            assert found.dtype == dtype
+            error = (found.double() - exact).abs()
+            assert (error <= bound(weight, x, exact, isa, rows <= 2)).all(), (shape, rows, dtype)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-g64-asym", "nf4-dq"])
+def test_a_bias_and_leading_dimensions(scheme: str, isa: str) -> None:
+    weight = random_matrix(SCHEMES[scheme], (33, 128), torch.bfloat16)
+    packed, bias = native.pack([weight]), torch.randn(33)
+    x = torch.randn(2, 3, 128)
+    expected = reference.linear(x, weight, bias)
+    torch.testing.assert_close(ops.linear(x, packed, bias), expected, rtol=1e-4, atol=1e-4)
+    assert ops.linear(x[:0], packed).shape == (0, 3, 33)
+    strided = torch.randn(4, 256)[:, ::2]
+    torch.testing.assert_close(
+        ops.linear(strided, packed), reference.linear(strided, weight), rtol=1e-4, atol=1e-4
+    )
+    half = ops.linear(x.half(), packed)
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), reference.linear(x.half().float(), weight), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED, ids=lambda scheme: scheme.name)
+def test_matrices_below_each_other_are_one(scheme: QuantScheme) -> None:
+    parts = [random_matrix(scheme, (rows, 576), torch.bfloat16, rows) for rows in (64, 16, 32)]
+    fused = native.pack(parts)
+    assert fused.shape == (112, 576)
+    assert fused.nbytes == sum(part.nbytes for part in parts)
+    for rows, dtype in itertools.product((1, 2, 9), (torch.float32, torch.bfloat16)):
+        x = torch.randn(rows, 576).to(dtype)
+        apart = torch.cat([native.linear(x, native.pack([part])) for part in parts], dim=-1)
+        assert torch.equal(native.linear(x, fused), apart)
+
+
+def test_what_cannot_be_fused_is_not() -> None:
+    even = random_matrix(SCHEMES["int8"], (16, 64), torch.bfloat16)
+    assert not native.fusable([even, random_matrix(SCHEMES["int8"], (10, 64), torch.bfloat16)])
+    assert not native.fusable([even, random_matrix(SCHEMES["nf4"], (16, 64), torch.bfloat16)])
+    assert not native.fusable([even, random_matrix(SCHEMES["int8"], (16, 64), torch.float16)])
+    assert not native.fusable([even, even, random_matrix(SCHEMES["int8"], (16, 72), torch.bfloat16)])
+    weight = random_matrix(int_scheme(4, 12, True), (16, 48), torch.bfloat16)
+    assert ops.prepare(weight, "native") is weight
+    with pytest.raises(BackendError, match="fusable"):
+        native.pack([weight])
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED, ids=lambda scheme: scheme.name)
+def test_packed_bytes_are_the_canonical_ones_where_nothing_is_ragged(scheme: QuantScheme) -> None:
+    weight = random_matrix(scheme, (64, 4096), torch.bfloat16)
+    packed = native.pack([weight])
+    assert weight.nbytes <= packed.data.nbytes < weight.nbytes + 4 * 64  # each of four panels is padded
+    assert packed.nbytes == weight.nbytes
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-g128", "int4-g32-asym", "nf4", "nf4-dq"])
+def test_threads_and_runs_do_not_change_a_bit(scheme: str, isa: str) -> None:
+    packed = native.pack([random_matrix(SCHEMES[scheme], (272, 512), torch.bfloat16)])
+    before = torch.get_num_threads()
+    try:
+        for rows, dtype in itertools.product((1, 2, 5, 64), (torch.float32, torch.bfloat16)):
+            x = torch.randn(rows, 512).to(dtype)
+            results = []
+            for threads in (1, 2, 3, 1):
+                torch.set_num_threads(threads)
+                results.append(native.linear(x, packed))
+            assert all(torch.equal(result, results[0]) for result in results)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 15), (33, 172), (64, 4096)])
+def test_a_plain_matrix_of_bfloat16(shape: tuple[int, int], rows: int, isa: str) -> None:
+    weight, x = torch.randn(shape).bfloat16(), torch.randn(rows, shape[1]).bfloat16()
+    bias = torch.randn(shape[0]).bfloat16()
+    assert native.takes_plain(x, weight)
+    exact = x.double() @ weight.double().T + bias.double()
+    magnitude = x.double().abs() @ weight.double().abs().T
+    error = (ops.plain_linear(x, weight, bias).double() - exact).abs()
+    assert (error <= 2.0**-8 * exact.abs() + shape[1] * 2.0**-24 * magnitude + 1e-30).all()
+
+
+def test_other_plain_matrices_go_to_torch() -> None:
+    x, weight = torch.randn(1, 8).bfloat16(), torch.randn(4, 8).bfloat16()
+    assert not native.takes_plain(x.float(), weight.float())
+    assert not native.takes_plain(x.expand(3, 8), weight)
+    assert not native.takes_plain(x, torch.randn(8, 4).bfloat16().T)
+    assert not native.takes_plain(x[:0], weight)
+
+
+def test_operators_have_fakes_that_compile_and_trace_see() -> None:
+    packed = native.pack([random_matrix(SCHEMES["nf4-dq"], (48, 128), torch.bfloat16)])
+    x = torch.randn(3, 128, dtype=torch.bfloat16)
+    arguments = (x, packed.data, None, *packed.layout)
+    torch.library.opcheck(torch.ops.quantkit.packed_linear.default, arguments)
+    plain = (x[:1], torch.randn(16, 128).bfloat16(), None)
+    torch.library.opcheck(torch.ops.quantkit.plain_linear.default, plain)
+    faked = torch.ops.quantkit.packed_linear(x.to("meta"), packed.data.to("meta"), None, *packed.layout)
+    assert faked.shape == (3, 48)
+
+
+def test_nan_and_infinity_come_through(isa: str) -> None:
+    for scheme in ("int8", "int4-g128", "nf4"):
+        packed = native.pack([random_matrix(SCHEMES[scheme], (16, 128), torch.bfloat16)])
+        for rows, dtype in itertools.product((1, 2, 20), (torch.float32, torch.bfloat16)):
+            x = torch.randn(rows, 128).to(dtype)
+            x[0, 5] = torch.nan
+            assert native.linear(x, packed)[0].isnan().all()
+            x[0, 5] = torch.inf
+            assert not native.linear(x, packed)[0].isfinite().any()
+
+
+class TestBadInput:
+    """Everything wrong is a Python error that names the argument."""
+
+    @pytest.fixture
+    def parts(self) -> dict[str, object]:
+        weight = random_matrix(SCHEMES["int4-g64-asym"], (32, 128), torch.bfloat16)
+        layout = native.require().Layout("int4", 32, 128, 64, "bfloat16", True)
+        return {
+            "layout": layout,
+            "codes": weight.codes,
+            "scales": weight.scales,
+            "zeros": weight.zeros,
+            "nested_scales": None,
+            "nested_offset": 0.0,
+            "map": None,
+            "out": torch.empty(layout.nbytes, dtype=torch.uint8),
+            "threads": 1,
+        }
+
+    @pytest.mark.parametrize(
+        ("name", "value", "words"),
+        [
+            ("codes", torch.zeros(32, 64, dtype=torch.int8), "codes has the wrong dtype"),
+            ("codes", torch.zeros(32, 63, dtype=torch.uint8), "codes has 2016 elements, not 2048"),
+            ("codes", torch.zeros(64, 64, dtype=torch.uint8)[::2], "codes is not contiguous"),
+            ("scales", torch.zeros(32, 2), "scales has the wrong dtype"),
+            ("zeros", None, "zeros do not belong"),
+            ("zeros", torch.zeros(3, 2, dtype=torch.int32), "zeros has 6 elements"),
+            ("nested_scales", torch.zeros(1), "nested_scales do not belong|scales has the wrong dtype"),
+            ("out", torch.zeros(10, dtype=torch.uint8), "out has 10 elements"),
+            ("threads", 0, "threads must be"),
+        ],
+    )
+    def test_packing(self, parts: dict[str, object], name: str, value: object, words: str) -> None:
+        native.require().pack(**parts)
+        with pytest.raises(ValueError, match=words):
+            native.require().pack(**(parts | {name: value}))
+
+    def test_multiplying(self, parts: dict[str, object]) -> None:
+        native.require().pack(**parts)
+        layout, weight = parts["layout"], parts["out"]
+        x, out = torch.zeros(2, 128), torch.zeros(2, 32)
+        multiply = native.require().multiply
+        multiply(layout, weight, x, out, None, None, 1)
+        aligned = torch.zeros(weight.numel() + 64, dtype=torch.uint8)  # type: ignore[attr-defined]
+        for arguments, words in (
+            ((weight, x.double(), out), "x has the wrong dtype"),
+            ((weight, torch.zeros(2, 64), out), r"x must have shape \(rows, 128\)"),
+            ((weight, torch.zeros(128), out), "x must have shape"),
+            ((weight, torch.zeros(2, 256)[:, ::2], out), "x is not contiguous"),
+            ((weight, x, out.bfloat16()), "out has the wrong dtype"),
+            ((weight, x, torch.zeros(2, 31)), "out has 62 elements"),
+            ((aligned[1 : weight.numel() + 1], x, out), "weight is not aligned"),  # type: ignore[attr-defined]
+            ((weight[:-1], x, out), "weight has"),  # type: ignore[index]
+        ):
+            with pytest.raises(ValueError, match=words):
+                multiply(layout, *arguments, None, None, 1)
+        with pytest.raises(ValueError, match="bias has the wrong dtype"):
+            multiply(layout, weight, x, out, torch.zeros(32).double(), None, 1)
+        with pytest.raises(TypeError):
+            multiply(layout, weight, [[0.0]], out, None, None, 1)
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (("int5", 16, 64, 64, "bfloat16", False), "kind is 'int5'"),
+            (("int4", 0, 64, 64, "bfloat16", False), "rows and cols are 0 x 64"),
+            (("int4", 16, 64, 12, "bfloat16", False), "group is 12"),
+            (("nf4", 16, 64, 20, "float32", False), "group is 20"),
+            (("int8", 16, 64, 64, "uint8", False), "only NF4's are nested"),
+            (("int8", 16, 64, 64, "bfloat16", True), "only int4 has zero points"),
+            (("int8", 16, 64, 64, "float64", False), "scale is 'float64'"),
+        ],
+    )
+    def test_layouts(self, arguments: tuple[object, ...], words: str) -> None:
+        with pytest.raises(ValueError, match=words):
+            native.require().Layout(*arguments)
+
+    def test_an_unknown_instruction_set(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("QUANTKIT_ISA", "avx1024")
+        with pytest.raises(
+            ValueError, match="QUANTKIT_ISA=avx1024 cannot run here; this machine has portable"
+        ):
+            native.require().isa()
+
+
+def test_one_openmp_runtime() -> None:
+    with open("/proc/self/maps") as maps:
+        runtimes = {line.split()[-1] for line in maps if "libgomp" in line}
+    assert len(runtimes) == 1
+
+
+def test_backends_are_chosen_visibly(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ops.choose_backend() == "native"
+    assert ops.choose_backend("reference") == "reference"
+    assert ops.choose_backend(device="cuda") == "reference"
+    with pytest.raises(BackendError, match="runs on a CPU, not on cuda"):
+        ops.choose_backend("native", "cuda")
+    monkeypatch.setattr(native, "extension", lambda: None)
+    assert ops.choose_backend() == "reference"
+    with pytest.raises(BackendError, match="not built"):
+        ops.choose_backend("native")
