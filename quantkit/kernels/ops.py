@@ -10,7 +10,7 @@ import torch
 
 from quantkit.errors import BackendError
 from quantkit.kernels import native, reference
-from quantkit.kernels.native import PackedWeight
+from quantkit.kernels.native import Arena, PackedWeight
 from quantkit.tensor import QuantizedTensor
 
 BACKENDS = ("native", "reference")
@@ -45,14 +45,17 @@ def _say_once() -> None:
     )
 
 
-def prepare(weight: QuantizedTensor, backend: str) -> Prepared:
-    """Return a matrix as `backend` runs it; what that backend cannot take stays as it is, for the reference."""
-    return native.pack([weight]) if backend == "native" and native.fusable([weight]) else weight
+def prepare(weight: QuantizedTensor, backend: str, arena: Arena | None = None) -> Prepared:
+    """Return a matrix as `backend` runs it; what that backend cannot take stays as it is, for the reference.
+
+    Matrices of one model share an arena.
+    """
+    return native.pack([weight], arena) if backend == "native" and native.fusable([weight]) else weight
 
 
-def fuse(weights: Sequence[QuantizedTensor], backend: str) -> PackedWeight | None:
+def fuse(weights: Sequence[QuantizedTensor], backend: str, arena: Arena | None = None) -> PackedWeight | None:
     """Return matrices of one K as one below the other, None where `backend` cannot."""
-    return native.pack(weights) if backend == "native" and native.fusable(weights) else None
+    return native.pack(weights, arena) if backend == "native" and native.fusable(weights) else None
 
 
 def linear(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,24 +19,13 @@ import torch.nn.functional as F
 from quantkit.config import ModelConfig
 from quantkit.models.attention import Attention, choose_path
 from quantkit.models.kv_cache import KVCache
-from quantkit.models.linear import Fused, Linear, Weight
+from quantkit.models.linear import Block, Fused, Linear, Weight
+from quantkit.models.native_decoder import NativeDecoder
 
 FUSED = {  # what a backend may run as one matrix: the parts share their input
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
-
-
-@dataclass(frozen=True)
-class Block:
-    """The weights of one layer."""
-
-    attention_norm: torch.Tensor
-    qkv: Fused | tuple[Linear, Linear, Linear]
-    o: Linear
-    ffn_norm: torch.Tensor
-    gate_up: Fused | tuple[Linear, Linear]
-    down: Linear
 
 
 class Decoder:
@@ -69,6 +57,7 @@ class Decoder:
         self.head = Linear(self.embedding) if config.tie_embeddings else self._linear("lm_head")
         self._inverse_frequencies = rope_frequencies(config).to(self.device)
         self.attention = choose_path(attention, self.device, dtype, config.head_dim)
+        self._native = NativeDecoder.of(config, self.blocks, self.norm, dtype)
 
     @property
     def weights_bytes(self) -> int:
@@ -97,6 +86,8 @@ class Decoder:
         cache.check_room(tokens)
         x = F.embedding(ids.contiguous(), self.embedding)  # (B, T, hidden); else it would copy them unseen
         cos, sin = self._rope(cache.length, tokens)
+        if self._native is not None and self._native.takes(x, cache):
+            return self._native(x, cos, sin, cache)
         attention = Attention(self.attention, tokens, cache.keys(tokens), cache.window(tokens), self.device)
         for layer, block in enumerate(self.blocks):
             x.add_(self._attention(x, layer, block, cos, sin, attention, cache))

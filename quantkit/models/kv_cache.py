@@ -75,6 +75,16 @@ class KVCache:
         """Bytes of the slab and its scales, without the scratch."""
         return self._slab.nbytes + (0 if self._scales is None else self._scales.nbytes)
 
+    @property
+    def plain(self) -> torch.Tensor | None:
+        """All keys and values (n_layers, 2, B, n_kv_heads, slots, head_dim) where they lie in the compute dtype."""
+        return self._slab if self._scratch is None else None
+
+    @property
+    def next_slot(self) -> int:
+        """Where the next token goes."""
+        return self.length % self.slots
+
     def check_room(self, tokens: int) -> None:
         """Raise QuantkitError if `tokens` more do not fit."""
         if self.length + tokens > self.max_tokens:

@@ -1,4 +1,4 @@
-"""A linear layer whose matrix is plain or quantized."""
+"""Linear layers whose matrices are plain or quantized, and the block they make."""
 
 from __future__ import annotations
 
@@ -47,3 +47,15 @@ class Fused:
     def __call__(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return each part's result (..., N), as views of one tensor."""
         return self.linear(x).split(self.rows, dim=-1)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The weights of one layer."""
+
+    attention_norm: torch.Tensor
+    qkv: Fused | tuple[Linear, Linear, Linear]
+    o: Linear
+    ffn_norm: torch.Tensor
+    gate_up: Fused | tuple[Linear, Linear]
+    down: Linear

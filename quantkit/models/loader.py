@@ -10,6 +10,7 @@ from quantkit.config import TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.kernels import ops
+from quantkit.kernels.native import Arena
 from quantkit.models.decoder import FUSED, Decoder
 from quantkit.models.linear import Weight
 from quantkit.quantize import quantize
@@ -51,6 +52,7 @@ def load(
     stored = TORCH_DTYPES[checkpoint.config.dtype]
     chosen = ops.choose_backend(backend, device)
     weights: dict[str, Weight] = {}
+    arena = Arena()
     waiting: dict[str, QuantizedTensor] = {}  # parts of what may be fused
     for spec in checkpoint.config.tensors:
         weight = read_finite(checkpoint, spec)
@@ -63,9 +65,9 @@ def load(
         elif parts:
             waiting[spec.name] = weight.to(device)
         else:
-            weights[spec.name] = ops.prepare(weight.to(device), chosen)
+            weights[spec.name] = ops.prepare(weight.to(device), chosen, arena)
         if parts and spec.name == parts[-1]:
-            weights |= _prepare_parts(fused, parts, waiting, chosen)
+            weights |= _prepare_parts(fused, parts, waiting, chosen, arena)
             waiting = {}
         if progress:
             progress(spec.elements)
@@ -83,14 +85,14 @@ def _fused(name: str) -> tuple[str, list[str]]:
 
 
 def _prepare_parts(
-    name: str, parts: Sequence[str], weights: Mapping[str, QuantizedTensor], backend: str
+    name: str, parts: Sequence[str], weights: Mapping[str, QuantizedTensor], backend: str, arena: Arena
 ) -> dict[str, ops.Prepared]:
     """Return the quantized ones of `parts` ready to run: all as one, or each by itself."""
     if len(weights) == len(parts):
-        fused = ops.fuse([weights[part] for part in parts], backend)
+        fused = ops.fuse([weights[part] for part in parts], backend, arena)
         if fused is not None:
             return {name: fused}
-    return {part: ops.prepare(weight, backend) for part, weight in weights.items()}
+    return {part: ops.prepare(weight, backend, arena) for part, weight in weights.items()}
 
 
 def read_finite(checkpoint: Checkpoint, spec: TensorSpec) -> torch.Tensor | QuantizedTensor:

@@ -26,6 +26,7 @@ from quantkit.tensor import QuantizedTensor
 
 PANEL_ROWS = 16  # rows that are packed together
 _BLOCK_COLS = 8
+_HUGE_PAGE = 1 << 21  # bytes
 
 
 @cache
@@ -86,8 +87,32 @@ def fusable(weights: Sequence[QuantizedTensor]) -> bool:
     )
 
 
-def pack(weights: Sequence[QuantizedTensor]) -> PackedWeight:
+class Arena:
+    """Memory for many packed matrices in huge pages: streaming 4 KiB pages would miss the TLB with each."""
+
+    _CHUNK = 1 << 26  # bytes; what is never written takes no memory
+
+    def __init__(self) -> None:
+        self._chunk = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """Return uint8 (nbytes,) of unset values that begins at a multiple of 64 bytes."""
+        if nbytes > self._chunk.numel():
+            size = max(self._CHUNK, nbytes) + _HUGE_PAGE
+            whole = torch.empty(size, dtype=torch.uint8)
+            self._chunk = whole[-whole.data_ptr() % _HUGE_PAGE :]
+            require().prefer_huge_pages(self._chunk)
+        taken = self._chunk[:nbytes]
+        self._chunk = self._chunk[-(-nbytes // 64) * 64 :]
+        return taken
+
+
+def pack(weights: Sequence[QuantizedTensor], arena: Arena | None = None) -> PackedWeight:
     """Repack one matrix, or several `fusable` ones below each other, with torch's number of threads.
+
+    Args:
+        weights: quantized alike.
+        arena: where the result lies; None means by itself.
 
     Raises:
         BackendError: there is no extension, or it cannot take the matrices.
@@ -98,7 +123,7 @@ def pack(weights: Sequence[QuantizedTensor]) -> PackedWeight:
     scheme, cols = weights[0].scheme, weights[0].shape[1]
     scale_dtype = weights[0].scales.dtype
     layouts = [_layout(*_layout_key(scheme, weight.shape, scale_dtype)) for weight in weights]
-    data = torch.empty(sum(layout.nbytes for layout in layouts), dtype=torch.uint8)
+    data = (arena or Arena()).take(sum(layout.nbytes for layout in layouts))
     start = 0
     for weight, layout in zip(weights, layouts, strict=True):
         offset = weight.nested_offset

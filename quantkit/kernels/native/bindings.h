@@ -5,3 +5,4 @@
 
 void bind_isa(nanobind::module_& module);
 void bind_linear(nanobind::module_& module);
+void bind_decode(nanobind::module_& module);

@@ -18,10 +18,19 @@ struct F32 {
 };
 
 template <template <Kind> class E>
-void product_by(const Product& p) {
+void direct_by_kind(const Product& p) {
     switch (p.layout->kind) {
-        case Kind::int8: return run<E<Kind::int8>>(p);
-        case Kind::int4: return run<E<Kind::int4>>(p);
-        case Kind::nf4: return run<E<Kind::nf4>>(p);
+        case Kind::int8: return direct_rows<E<Kind::int8>>(p);
+        case Kind::int4: return direct_rows<E<Kind::int4>>(p);
+        case Kind::nf4: return direct_rows<E<Kind::nf4>>(p);
+    }
+}
+
+template <template <Kind> class E>
+void tiled_by_kind(const Product& p) {
+    switch (p.layout->kind) {
+        case Kind::int8: return tiled_rows<E<Kind::int8>>(p);
+        case Kind::int4: return tiled_rows<E<Kind::int4>>(p);
+        case Kind::nf4: return tiled_rows<E<Kind::nf4>>(p);
     }
 }

@@ -4,8 +4,9 @@
 // absmax / LIMIT: an element is off by at most absmax / (2 * LIMIT). An engine has:
 //     MAX_CHUNK, LIMIT    as above
 //     OFFSET              the code that stands for 0, which sums of x take off
+//     PANELS              how many it reads at a time
 //     split(int[BLOCK], uint32_t[WORDS], int (&sums)[2]): a block of x as `dot` reads it, and what its sums add up to
-//     dot<M>(codes, blocks, x, sums, vf[M][PARTS]): in units of the chunk's scale
+//     dot<M, N>(codes, panel_bytes, blocks, x, sums, vf[M][N][PARTS]): of N panels, in units of the chunk's scale
 
 constexpr int WORDS = 4;  // of x in a block
 
@@ -56,47 +57,54 @@ void pack_integers(const Product& p, uint32_t* words, float* scales, int32_t* su
     }
 }
 
-template <class I, int M>
-void direct_integer(const Product& p, int64_t index, const uint32_t* x, const float* x_scales, const int32_t* x_sums,
+template <class I, int M, int N>
+void direct_integer(const Product& p, int64_t first, const uint32_t* x, const float* x_scales, const int32_t* x_sums,
                     const float* sums) {
     const Layout& l = *p.layout;
-    const int64_t groups = l.groups, repeat_bits = l.repeat_bits;
+    const int64_t groups = l.groups, repeat_bits = l.repeat_bits, panel_bytes = l.panel_bytes;
     const int64_t per_window = chunks_of<I>(l.width(0));
-    const uint8_t* panel = p.weight + index * l.panel_bytes;
+    const uint8_t* panel = p.weight + first * panel_bytes;
     const uint8_t* codes = panel;
-    vf totals[M][1][PARTS] = {};
+    vf totals[M][N][PARTS] = {};
     for (int64_t group = 0; group < groups; ++group) {
         const int64_t window = group >> repeat_bits, width = l.width(window);
         const uint32_t* at = x + window * l.window / BLOCK * M * WORDS;
         int64_t chunk = window * per_window;
-        vf sum[M][PARTS] = {};
+        vf sum[M][N][PARTS] = {};
         for (int64_t start = 0; start < width; start += I::MAX_CHUNK, ++chunk) {
             const int64_t blocks = (width - start < I::MAX_CHUNK ? width - start : I::MAX_CHUNK) / BLOCK;
-            vf dots[M][PARTS];
-            I::template dot<M>(codes, blocks, at, x_sums + 2 * M * chunk, dots);
+            vf dots[M][N][PARTS];
+            I::template dot<M, N>(codes, panel_bytes, blocks, at, x_sums + 2 * M * chunk, dots);
             unroll<M>(EACH(row) {
-                unroll<PARTS>(EACH(part) { sum[row][part] += dots[row][part] * x_scales[M * chunk + row]; });
+                unroll<N>(EACH(n) {
+                    unroll<PARTS>(EACH(part) { sum[row][n][part] += dots[row][n][part] * x_scales[M * chunk + row]; });
+                });
             });
             codes += blocks * I::BYTES;
             at += blocks * M * WORDS;
         }
-        scale_group<I, M>(p, panel, group, window, sums, sum);
-        unroll<M>(EACH(row) { unroll<PARTS>(EACH(part) { totals[row][0][part] += sum[row][part]; }); });
+        unroll<N>(EACH(n) {
+            vf dots[M][PARTS];
+            unroll<M>(EACH(row) { unroll<PARTS>(EACH(part) { dots[row][part] = sum[row][n][part]; }); });
+            scale_group<I, M>(p, panel + n * panel_bytes, group, window, sums, dots);
+            unroll<M>(EACH(row) { unroll<PARTS>(EACH(part) { totals[row][n][part] += dots[row][part]; }); });
+        });
     }
-    store_totals(p, index, totals);
+    store_totals(p, first, totals);
 }
 
-// The result of M rows, M at most 4.
+// M rows, by all threads of a parallel region; each packs x for itself, so that none waits.
 template <class I, int M>
-void run_integer(const Product& p) {
+void integer_rows(const Product& p) {
     const Layout& l = *p.layout;
     const int64_t chunks = l.windows * chunks_of<I>(l.width(0));
-    auto* x = static_cast<uint32_t*>(scratch<5>(l.padded_cols / BLOCK * M * WORDS * sizeof(uint32_t)));
-    auto* scales = static_cast<float*>(scratch<6>(chunks * M * sizeof(float)));
-    auto* x_sums = static_cast<int32_t*>(scratch<7>(2 * chunks * M * sizeof(int32_t)));
+    auto* x = static_cast<uint32_t*>(scratch<7>(l.padded_cols / BLOCK * M * WORDS * sizeof(uint32_t)));
+    auto* scales = static_cast<float*>(scratch<8>(chunks * M * sizeof(float)));
+    auto* x_sums = static_cast<int32_t*>(scratch<9>(2 * chunks * M * sizeof(int32_t)));
     float* sums = l.zeros ? static_cast<float*>(scratch<4>(M * l.windows * sizeof(float))) : nullptr;
     pack_integers<I>(p, x, scales, x_sums);
     if (l.zeros) window_sums(p, 0, M, sums);
-#pragma omp parallel for schedule(static) num_threads(p.threads)
-    for (int64_t panel = 0; panel < l.panels; ++panel) direct_integer<I, M>(p, panel, x, scales, x_sums, sums);
+    each_panel<I::PANELS>(l.panels, [&](auto count, int64_t panel) {
+        direct_integer<I, M, decltype(count)::value>(p, panel, x, scales, x_sums, sums);
+    });
 }

@@ -1,5 +1,6 @@
 // AVX2 and FMA: vectors of eight floats.
 #include <immintrin.h>
+#include <omp.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -17,6 +18,16 @@ constexpr int ROWS_DIRECT = 3, ROWS_TILE = 6, TILE_PANELS = 1, TILE_K = 1;
 
 template <Kind K>
 QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
+
+inline vf gather(const float* table, const int32_t* index) {
+    return _mm256_i32gather_ps(table, _mm256_load_si256(reinterpret_cast<const __m256i*>(index)), 4);
+}
+
+inline float horizontal(vf x) {
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+}
 
 inline vf load_bf16(const uint16_t* at) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
@@ -82,7 +93,7 @@ QUANTKIT_INLINE vf fused(vf sum, vf weights, vf x) { return _mm256_fmadd_ps(weig
 struct Planes {
     static constexpr int64_t MAX_CHUNK = 256, BYTES = 64;
     static constexpr float LIMIT = 32512, FACTOR = 1;
-    static constexpr int OFFSET = 8;
+    static constexpr int OFFSET = 8, PANELS = 1;
 
     static inline void split(const int* values, uint32_t* words, int (&sums)[2]) {
         static constexpr int COLUMNS[BLOCK] = {0, 4, 1, 5, 2, 6, 3, 7};  // of a word's low nibbles, then its high ones
@@ -98,10 +109,10 @@ struct Planes {
         std::memcpy(words, planes, sizeof planes);
     }
 
-    template <int M>
-    static QUANTKIT_INLINE void dot(const uint8_t* codes, int64_t blocks, const uint32_t* x, const int32_t* sums,
-                                    vf (&out)[M][PARTS]) {
-        static_assert(M == 1);
+    template <int M, int N>
+    static QUANTKIT_INLINE void dot(const uint8_t* codes, int64_t, int64_t blocks, const uint32_t* x,
+                                    const int32_t* sums, vf (&out)[M][N][PARTS]) {
+        static_assert(M == 1 && N == 1);
         const __m256i nibble = _mm256_set1_epi8(0xf), ones = _mm256_set1_epi16(1);
         __m256i total[2][PARTS];
         unroll<2>(EACH(plane) {
@@ -111,7 +122,7 @@ struct Planes {
             const int64_t now = blocks < 4 ? blocks : 4;  // 8 sums of at most 2 * 15 * 128 fit 16 bits
             __m256i narrow[2][PARTS] = {};
             for (int64_t block = 0; block < now; ++block) {
-                prefetch(codes);
+                prefetch<N>(codes);
                 unroll<PARTS>(EACH(part) {
                     const __m256i bytes = load_once(codes, part);
                     const __m256i low = _mm256_and_si256(bytes, nibble);
@@ -136,7 +147,7 @@ struct Planes {
             blocks -= now;
         }
         unroll<PARTS>(EACH(part) {
-            out[0][part] = _mm256_cvtepi32_ps(total[0][part]) * 256.0f + _mm256_cvtepi32_ps(total[1][part]);
+            out[0][0][part] = _mm256_cvtepi32_ps(total[0][part]) * 256.0f + _mm256_cvtepi32_ps(total[1][part]);
         });
     }
 };
@@ -145,7 +156,7 @@ struct Planes {
 struct Pairs {
     static constexpr int64_t MAX_CHUNK = 64, BYTES = 64;
     static constexpr float LIMIT = 8191, FACTOR = 4096;
-    static constexpr int OFFSET = 0;
+    static constexpr int OFFSET = 0, PANELS = 1;
 
     struct Table {
         alignas(32) uint8_t bytes[2][32] = {};
@@ -165,16 +176,16 @@ struct Pairs {
             words[index] = (static_cast<uint32_t>(values[index]) & 0xffff) | static_cast<uint32_t>(values[index + 4]) << 16;
     }
 
-    template <int M>
-    static QUANTKIT_INLINE void dot(const uint8_t* codes, int64_t blocks, const uint32_t* x, const int32_t*,
-                                    vf (&out)[M][PARTS]) {
-        static_assert(M == 1);
+    template <int M, int N>
+    static QUANTKIT_INLINE void dot(const uint8_t* codes, int64_t, int64_t blocks, const uint32_t* x, const int32_t*,
+                                    vf (&out)[M][N][PARTS]) {
+        static_assert(M == 1 && N == 1);
         const auto* table = reinterpret_cast<const __m256i*>(TABLE.bytes);
         const __m256i low_table = _mm256_load_si256(table), high_table = _mm256_load_si256(table + 1);
         const __m256i nibble = _mm256_set1_epi8(0xf);
         __m256i total[2][PARTS] = {};  // rows 0 1 and 2 3 of each 128 bits, two lanes a row
         for (int64_t block = 0; block < blocks; ++block) {
-            prefetch(codes);
+            prefetch<N>(codes);
             unroll<PARTS>(EACH(part) {
                 const __m256i bytes = load_once(codes, part);
                 unroll<2>(EACH(half) {  // nibbles of columns 0 4 1 5, then of 2 6 3 7
@@ -195,23 +206,27 @@ struct Pairs {
             x += WORDS;
         }
         unroll<PARTS>(EACH(part) {
-            out[0][part] = _mm256_cvtepi32_ps(_mm256_hadd_epi32(total[0][part], total[1][part]));
+            out[0][0][part] = _mm256_cvtepi32_ps(_mm256_hadd_epi32(total[0][part], total[1][part]));
         });
     }
 };
 
 constexpr Pairs::Table Pairs::TABLE;
 
-}  // namespace
-
-void product(const Product& p) {
+void few(const Product& p) {
     if (p.m == 1 && p.type == Type::bf16) {
-        if (p.layout->kind == Kind::int4) return run_integer<Planes, 1>(p);
-        if (p.layout->kind == Kind::nf4) return run_integer<Pairs, 1>(p);
+        if (p.layout->kind == Kind::int4) return integer_rows<Planes, 1>(p);
+        if (p.layout->kind == Kind::nf4) return integer_rows<Pairs, 1>(p);
     }
-    product_by<F32>(p);
+    direct_by_kind<F32>(p);
 }
 
-void plain(const PlainProduct& p) { plain_by(p); }
+void many(const Product& p) { tiled_by_kind<F32>(p); }
+
+#include "decode.inl"
+
+}  // namespace
+
+#include "entries.inl"
 
 }  // namespace avx2

@@ -1,5 +1,6 @@
 // AVX-512: vectors of sixteen floats, a panel's width.
 #include <immintrin.h>
+#include <omp.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -18,6 +19,12 @@ constexpr int ROWS_DIRECT = 4, ROWS_TILE = 12, TILE_PANELS = 2, TILE_K = 1;
 template <Kind K>
 QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
 
+inline vf gather(const float* table, const int32_t* index) {
+    return _mm512_i32gather_ps(_mm512_load_si512(index), table, 4);
+}
+
+inline float horizontal(vf x) { return _mm512_reduce_add_ps(x); }
+
 inline vf load_bf16(const uint16_t* at) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
@@ -30,10 +37,14 @@ inline vf load_bf16(const uint16_t* at) {
 #include "engines.inl"
 #include "plain.inl"
 
+void few(const Product& p) { direct_by_kind<F32>(p); }
+
+void many(const Product& p) { tiled_by_kind<F32>(p); }
+
+#include "decode.inl"
+
 }  // namespace
 
-void product(const Product& p) { product_by<F32>(p); }
-
-void plain(const PlainProduct& p) { plain_by(p); }
+#include "entries.inl"
 
 }  // namespace avx512

@@ -1,5 +1,6 @@
 // AVX-512 with BF16 and VNNI: bfloat16 x is multiplied in pairs and summed in float32, or as integers.
 #include <immintrin.h>
+#include <omp.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -17,6 +18,12 @@ constexpr int ROWS_DIRECT = 4, ROWS_TILE = 12, TILE_PANELS = 2, TILE_K = 1;
 
 template <Kind K>
 QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
+
+inline vf gather(const float* table, const int32_t* index) {
+    return _mm512_i32gather_ps(_mm512_load_si512(index), table, 4);
+}
+
+inline float horizontal(vf x) { return _mm512_reduce_add_ps(x); }
 
 inline vf load_bf16(const uint16_t* at) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
@@ -84,7 +91,7 @@ template <Kind K>
 struct Planes {
     static constexpr int64_t MAX_CHUNK = 256, BYTES = BF16<K>::BYTES;
     static constexpr float LIMIT = 32512, FACTOR = 1;
-    static constexpr int OFFSET = K == Kind::int8 ? 128 : 8;
+    static constexpr int OFFSET = K == Kind::int8 ? 128 : 8, PANELS = 4;
 
     static inline void split(const int* values, uint32_t* words, int (&sums)[2]) {
         // as the bytes of a word of int8 codes, or the nibbles of int4's: low ones, then high ones
@@ -101,32 +108,40 @@ struct Planes {
         std::memcpy(words, planes, sizeof planes);
     }
 
-    template <int M>
-    static QUANTKIT_INLINE void dot(const uint8_t* codes, int64_t blocks, const uint32_t* x, const int32_t* sums,
-                                    vf (&out)[M][PARTS]) {
-        __m512i total[2][2][M];  // planes, halves of a block
+    template <int M, int N>
+    static QUANTKIT_INLINE void dot(const uint8_t* codes, int64_t panel_bytes, int64_t blocks, const uint32_t* x,
+                                    const int32_t* sums, vf (&out)[M][N][PARTS]) {
+        __m512i total[2][2][M][N];  // planes, halves of a block
         unroll<M>(EACH(row) {
             unroll<2>(EACH(plane) {
-                total[plane][0][row] = _mm512_set1_epi32(sums[2 * row + plane]);
-                total[plane][1][row] = _mm512_setzero_si512();
+                unroll<N>(EACH(n) {
+                    total[plane][0][row][n] = _mm512_set1_epi32(sums[2 * row + plane]);
+                    total[plane][1][row][n] = _mm512_setzero_si512();
+                });
             });
         });
         for (int64_t block = 0; block < blocks; ++block) {
-            unroll<BYTES / 64>(EACH(line) { prefetch(codes + 64 * line); });
-            __m512i halves[2];
-            if constexpr (K == Kind::int8) {
-                halves[0] = load_once(codes);
-                halves[1] = load_once(codes + 64);
-            } else {
-                const __m512i words = load_once(codes), nibble = _mm512_set1_epi8(0xf);
-                halves[0] = _mm512_and_si512(words, nibble);
-                halves[1] = _mm512_and_si512(_mm512_srli_epi32(words, 4), nibble);
-            }
+            __m512i halves[2][N];
+            unroll<N>(EACH(n) {
+                const uint8_t* at = codes + n * panel_bytes;
+                unroll<BYTES / 64>(EACH(line) { prefetch<N>(at + 64 * line); });
+                if constexpr (K == Kind::int8) {
+                    halves[0][n] = load_once(at);
+                    halves[1][n] = load_once(at + 64);
+                } else {
+                    const __m512i words = load_once(at), nibble = _mm512_set1_epi8(0xf);
+                    halves[0][n] = _mm512_and_si512(words, nibble);
+                    halves[1][n] = _mm512_and_si512(_mm512_srli_epi32(words, 4), nibble);
+                }
+            });
             unroll<2>(EACH(plane) {
                 unroll<2>(EACH(half) {
                     unroll<M>(EACH(row) {
                         const __m512i word = _mm512_set1_epi32(static_cast<int>(x[row * WORDS + 2 * plane + half]));
-                        total[plane][half][row] = _mm512_dpbusd_epi32(total[plane][half][row], halves[half], word);
+                        unroll<N>(EACH(n) {
+                            total[plane][half][row][n] =
+                                _mm512_dpbusd_epi32(total[plane][half][row][n], halves[half][n], word);
+                        });
                     });
                 });
             });
@@ -134,31 +149,37 @@ struct Planes {
             x += M * WORDS;
         }
         unroll<M>(EACH(row) {
-            const __m512i high = _mm512_add_epi32(total[0][0][row], total[0][1][row]);
-            const __m512i low = _mm512_add_epi32(total[1][0][row], total[1][1][row]);
-            out[row][0] = _mm512_cvtepi32_ps(high) * 256.0f + _mm512_cvtepi32_ps(low);
+            unroll<N>(EACH(n) {
+                const __m512i high = _mm512_add_epi32(total[0][0][row][n], total[0][1][row][n]);
+                const __m512i low = _mm512_add_epi32(total[1][0][row][n], total[1][1][row][n]);
+                out[row][n][0] = _mm512_cvtepi32_ps(high) * 256.0f + _mm512_cvtepi32_ps(low);
+            });
         });
     }
 };
 
 template <Kind K>
-void few_rows(const Product& p) {
+void few_bf16(const Product& p) {
     switch (p.m) {
-        case 1: return run_integer<Planes<K>, 1>(p);
-        case 2: return run_integer<Planes<K>, 2>(p);
-        default: return run<BF16<K>>(p);
+        case 1: return integer_rows<Planes<K>, 1>(p);
+        case 2: return integer_rows<Planes<K>, 2>(p);
+        default: return direct_rows<BF16<K>>(p);
     }
 }
 
-}  // namespace
-
-void product(const Product& p) {
-    if (p.type == Type::f32) return product_by<F32>(p);
-    if (p.layout->kind == Kind::int8) return few_rows<Kind::int8>(p);
-    if (p.layout->kind == Kind::int4) return few_rows<Kind::int4>(p);
-    run<BF16<Kind::nf4>>(p);
+void few(const Product& p) {
+    if (p.type == Type::f32) return direct_by_kind<F32>(p);
+    if (p.layout->kind == Kind::int8) return few_bf16<Kind::int8>(p);
+    if (p.layout->kind == Kind::int4) return few_bf16<Kind::int4>(p);
+    direct_rows<BF16<Kind::nf4>>(p);
 }
 
-void plain(const PlainProduct& p) { plain_by(p); }
+void many(const Product& p) { p.type == Type::f32 ? tiled_by_kind<F32>(p) : tiled_by_kind<BF16>(p); }
+
+#include "decode.inl"
+
+}  // namespace
+
+#include "entries.inl"
 
 }  // namespace avx512bf16

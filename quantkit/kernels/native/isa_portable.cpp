@@ -1,4 +1,6 @@
 // Plain C++ on vectors of four floats, for any processor.
+#include <omp.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <utility>
@@ -15,6 +17,14 @@ constexpr int ROWS_DIRECT = 2, ROWS_TILE = 2, TILE_PANELS = 1, TILE_K = 1;
 
 template <Kind K>
 QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
+
+inline vf gather(const float* table, const int32_t* index) {
+    vf out;
+    for (int lane = 0; lane < LANES; ++lane) out[lane] = table[index[lane]];
+    return out;
+}
+
+inline float horizontal(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
 inline vf load_bf16(const uint16_t* at) {
     vf out;
@@ -66,10 +76,14 @@ QUANTKIT_INLINE vf fused(vf sum, vf weights, vf x) { return sum + weights * x; }
 #include "engines.inl"
 #include "plain.inl"
 
+void few(const Product& p) { direct_by_kind<F32>(p); }
+
+void many(const Product& p) { tiled_by_kind<F32>(p); }
+
+#include "decode.inl"
+
 }  // namespace
 
-void product(const Product& p) { product_by<F32>(p); }
-
-void plain(const PlainProduct& p) { plain_by(p); }
+#include "entries.inl"
 
 }  // namespace portable

@@ -45,15 +45,14 @@ Layout make_layout(const std::string& kind_name, int64_t rows, int64_t cols, int
     return Layout(kind, rows, cols, group, scale, zeros);
 }
 
-// A request: fewer page faults while packing, and fewer misses of the TLB while streaming.
-void prefer_huge_pages(uint8_t* start, int64_t bytes) {
+// A request, to be made before the memory is touched.
+void prefer_huge_pages(const Array& buffer) {
+    check(buffer, "buffer", {nb::dtype<uint8_t>()});
 #ifdef MADV_HUGEPAGE
     const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-    const auto first = (reinterpret_cast<std::uintptr_t>(start) + page - 1) / page * page;
-    const auto last = (reinterpret_cast<std::uintptr_t>(start) + bytes) / page * page;
+    const auto start = reinterpret_cast<std::uintptr_t>(buffer.data());
+    const auto first = (start + page - 1) / page * page, last = (start + buffer.size()) / page * page;
     if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-    (void)start, (void)bytes;
 #endif
 }
 
@@ -81,7 +80,6 @@ void pack_matrix(const Layout& l, const Array& codes, const Array& scales, const
                          nested ? data<float>(*nested_scales) : nullptr, nested_offset};
     const float* values = nested ? data<float>(*map) : nullptr;
     uint8_t* to = data<uint8_t>(out);
-    prefer_huge_pages(to, l.nbytes);
     nb::gil_scoped_release release;
     pack(l, from, values, to, threads);
 }
@@ -157,6 +155,7 @@ void bind_linear(nb::module_& module) {
                nb::arg("zeros").noconvert().none(), nb::arg("nested_scales").noconvert().none(),
                nb::arg("nested_offset"), nb::arg("map").noconvert().none(), nb::arg("out").noconvert(),
                nb::arg("threads"));
+    module.def("prefer_huge_pages", &prefer_huge_pages, nb::arg("buffer").noconvert());
     module.def("multiply_plain", &multiply_plain, nb::arg("weight").noconvert(), nb::arg("x").noconvert(),
                nb::arg("out").noconvert(), nb::arg("bias").noconvert().none(), nb::arg("threads"));
     module.def("multiply", &multiply, nb::arg("layout"), nb::arg("weight").noconvert(), nb::arg("x").noconvert(),

@@ -9,7 +9,9 @@ QUANTKIT_INLINE void plain_rows(const PlainProduct& p, const float* x, int64_t f
         vf factors[M];
         unroll<M>(EACH(m) { factors[m] = load(x + m * p.cols + column); });
         unroll<R>(EACH(row) {
-            const vf values = load_bf16(weights + row * p.cols + column);
+            const uint16_t* at = weights + row * p.cols + column;
+            if (column * 2 % 64 == 0) prefetch<1>(reinterpret_cast<const uint8_t*>(at));
+            const vf values = load_bf16(at);
             unroll<M>(EACH(m) { sum[row][m] = fused(sum[row][m], values, factors[m]); });
         });
     }
@@ -29,7 +31,7 @@ QUANTKIT_INLINE void plain_rows(const PlainProduct& p, const float* x, int64_t f
 template <int M>
 void run_plain(const PlainProduct& p) {
     constexpr int64_t STEP = 4;
-    float* x = static_cast<float*>(scratch<8>(M * p.cols * sizeof(float)));
+    float* x = static_cast<float*>(scratch<10>(M * p.cols * sizeof(float)));
     for (int64_t index = 0; index < M * p.cols; ++index) x[index] = from_bf16(p.x[index]);
     const int64_t steps = (p.rows + STEP - 1) / STEP;
 #pragma omp parallel for schedule(static) num_threads(p.threads)

@@ -16,8 +16,9 @@
 // Each result is summed by one thread in a fixed order: results do not depend on the number of threads.
 
 constexpr int PARTS = PANEL / LANES;
-// Prefetches a panel into the second-level cache, far enough ahead that memory is never waited for.
-QUANTKIT_INLINE void prefetch(const uint8_t* codes) { __builtin_prefetch(codes + 8192, 0, 2); }
+// Prefetches one of N streams into the second-level cache, far enough ahead that memory is hardly waited for.
+template <int N>
+QUANTKIT_INLINE void prefetch(const uint8_t* codes) { __builtin_prefetch(codes + 8192 / N, 0, 2); }
 constexpr int64_t TILE_UNITS = 128 * TILE_K;
 constexpr int64_t MAX_ROWS = 512;  // of x that share a pass over the weights
 
@@ -85,11 +86,13 @@ inline float element(const Product& p, int64_t row, int64_t column) {
 }
 
 // Scales that are rarer: float16, and NF4's nested ones.
-__attribute__((noinline)) inline void unfold_scales(const Product& p, const uint8_t* panel, int64_t group, float* out) {
+__attribute__((noinline)) inline void unfold_scales(const Product& p, const uint8_t* panel, int64_t group, vf* out) {
     const Layout& l = *p.layout;
     const uint8_t* at = panel + l.scales_at + group * PANEL * l.scale_bytes;
     if (l.scale == Type::f16) {
-        for (int lane = 0; lane < PANEL; ++lane) out[lane] = from_f16(reinterpret_cast<const uint16_t*>(at)[lane]);
+        alignas(64) float values[PANEL];
+        for (int lane = 0; lane < PANEL; ++lane) values[lane] = from_f16(reinterpret_cast<const uint16_t*>(at)[lane]);
+        std::memcpy(out, values, sizeof values);
         return;
     }
     const uint8_t* nested = panel + l.nested_at;
@@ -98,8 +101,13 @@ __attribute__((noinline)) inline void unfold_scales(const Product& p, const uint
     std::memcpy(&start, nested, 4);
     std::memcpy(&offset, nested + 4, 4);
     const auto* scales = reinterpret_cast<const float*>(nested + 8);
-    for (int lane = 0; lane < PANEL; ++lane)
-        out[lane] = p.map[at[lane]] * scales[(start + lane * l.groups + group) / NESTED] + offset;
+    alignas(64) int32_t codes[PANEL], blocks[PANEL];
+    for (int lane = 0; lane < PANEL; ++lane) {
+        codes[lane] = at[lane];
+        blocks[lane] = static_cast<int32_t>(start + lane * l.groups + group) / static_cast<int32_t>(NESTED);
+    }
+    for (int part = 0; part < PARTS; ++part)
+        out[part] = gather(p.map, codes + part * LANES) * gather(scales, blocks + part * LANES) + offset;
 }
 
 // Scales of a group, divided by the engine's factor.
@@ -112,9 +120,7 @@ QUANTKIT_INLINE void load_scales(const Product& p, const uint8_t* panel, int64_t
     } else if (l.scale == Type::f32) {
         unroll<PARTS>(EACH(part) { out[part] = load(reinterpret_cast<const float*>(at) + part * LANES); });
     } else {
-        alignas(64) float values[PANEL];
-        unfold_scales(p, panel, group, values);
-        unroll<PARTS>(EACH(part) { out[part] = load(values + part * LANES); });
+        unfold_scales(p, panel, group, out);
     }
     if constexpr (E::FACTOR != 1) unroll<PARTS>(EACH(part) { out[part] = out[part] * (1 / E::FACTOR); });
 }
@@ -236,7 +242,7 @@ void direct(const Product& p, int64_t first, const typename E::X* x, const float
         for (int64_t block = 0; block < blocks; ++block) {
             unroll<N>(EACH(n) {
                 const uint8_t* bytes = codes + n * panel_bytes;
-                unroll<E::BYTES / 64>(EACH(line) { prefetch(bytes + 64 * line); });
+                unroll<E::BYTES / 64>(EACH(line) { prefetch<N>(bytes + 64 * line); });
                 typename E::W weights[E::UNITS][PARTS];
                 E::decode(bytes, weights);
                 unroll<E::UNITS>(EACH(unit) {
@@ -365,39 +371,53 @@ auto direct_of(int64_t rows, std::index_sequence<I...>) {
     return kernels[rows - 1];
 }
 
+// Calls f(N, first of N panels) for all panels, shared among the threads of a parallel region. Reading MOST panels at
+// a time keeps more of memory's requests in flight.
+template <int MOST, class F>
+void each_panel(int64_t panels, F&& f) {
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const int64_t stop = panels * (thread + 1) / threads;
+    int64_t panel = panels * thread / threads;
+    for (; panel + MOST <= stop; panel += MOST) f(std::integral_constant<int, MOST>{}, panel);
+    for (; panel < stop; ++panel) f(std::integral_constant<int, 1>{}, panel);
+#pragma omp barrier
+}
+
+// At most ROWS_DIRECT rows, by all threads of a parallel region; each packs x for itself, so that none waits.
 template <class E>
-void run(const Product& p) {
+void direct_rows(const Product& p) {
+    const Layout& l = *p.layout;
+    auto* x = static_cast<typename E::X*>(scratch<3>(p.m * l.padded_cols / BLOCK * E::UNITS * sizeof(typename E::X)));
+    float* sums = l.zeros ? static_cast<float*>(scratch<4>(p.m * l.windows * sizeof(float))) : nullptr;
+    pack_block<E>(p, 0, p.m, x);
+    if (l.zeros) window_sums(p, 0, p.m, sums);
+    each_panel<LANES == 16 ? 4 : 2>(l.panels, [&](auto count, int64_t panel) {
+        constexpr int N = decltype(count)::value;
+        direct_of<E, N>(p.m, std::make_index_sequence<ROWS_DIRECT>())(p, panel, x, sums);
+    });
+}
+
+// Any number of rows.
+template <class E>
+void tiled_rows(const Product& p) {
     const Layout& l = *p.layout;
     const int64_t units = l.padded_cols / BLOCK * E::UNITS;
     for (int64_t first = 0; first < p.m; first += MAX_ROWS) {
         const int64_t rows = p.m - first < MAX_ROWS ? p.m - first : MAX_ROWS;
-        const bool few = p.m <= ROWS_DIRECT;
-        const Blocks blocks(rows, few ? ROWS_DIRECT : ROWS_TILE);
-        auto* x = static_cast<typename E::X*>(scratch<3>(rows * units * sizeof(typename E::X)));
-        float* sums = l.zeros ? static_cast<float*>(scratch<4>(rows * l.windows * sizeof(float))) : nullptr;
-        if (few) {
-            pack_block<E>(p, 0, rows, x);
-            if (l.zeros) window_sums(p, 0, rows, sums);
-        }
+        const Blocks blocks(rows, ROWS_TILE);
+        auto* x = static_cast<typename E::X*>(scratch<5>(rows * units * sizeof(typename E::X)));
+        float* sums = l.zeros ? static_cast<float*>(scratch<6>(rows * l.windows * sizeof(float))) : nullptr;
 #pragma omp parallel num_threads(p.threads)
         {
-            if (few) {
-                const auto pair = direct_of<E, 2>(rows, std::make_index_sequence<ROWS_DIRECT>());
-                const auto single = direct_of<E, 1>(rows, std::make_index_sequence<ROWS_DIRECT>());
 #pragma omp for schedule(static)
-                for (int64_t panel = 0; panel < l.panels; panel += 2)
-                    (panel + 1 < l.panels ? pair : single)(p, panel, x, sums);
-            } else {
-#pragma omp for schedule(static)
-                for (int64_t block = 0; block < blocks.count; ++block) {
-                    const int64_t start = blocks.start(block), size = blocks.size(block);
-                    pack_block<E>(p, first + start, size, x + start * units);
-                    if (l.zeros) window_sums(p, first + start, size, sums + start * l.windows);
-                }
-#pragma omp for schedule(dynamic)
-                for (int64_t panel = 0; panel < l.panels; panel += TILE_PANELS)
-                    tiled<E>(p, panel, blocks, x, sums, first);
+            for (int64_t block = 0; block < blocks.count; ++block) {
+                const int64_t start = blocks.start(block), size = blocks.size(block);
+                pack_block<E>(p, first + start, size, x + start * units);
+                if (l.zeros) window_sums(p, first + start, size, sums + start * l.windows);
             }
+#pragma omp for schedule(dynamic)
+            for (int64_t panel = 0; panel < l.panels; panel += TILE_PANELS)
+                tiled<E>(p, panel, blocks, x, sums, first);
         }
     }
 }
