@@ -3,5 +3,6 @@
 
 #include <nanobind/nanobind.h>
 
+void bind_bandwidth(nanobind::module_& module);
 void bind_isa(nanobind::module_& module);
 void bind_linear(nanobind::module_& module);
