@@ -6,8 +6,9 @@ its own, taken in turn, so that no matrix is still in a cache when it is used ag
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from statistics import median
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from quantkit.bench.machine import Memory
+from quantkit.bench.random_weights import random_quantized
 from quantkit.bench.results import BF16, OURS, Cell
 from quantkit.bench.timing import Effort, alternate, paired
 from quantkit.config import ModelConfig
@@ -23,7 +25,7 @@ from quantkit.kernels import native, reference
 from quantkit.quantize.nf4 import NF4_CODEBOOK, dequantize_scales
 from quantkit.quantize.packing import unpack_low_first
 from quantkit.schemes import QuantScheme
-from quantkit.tensor import QuantizedTensor, empty_quantized
+from quantkit.tensor import QuantizedTensor
 
 SCHEMES = ("int8", "int4-g128", "nf4", "nf4-dq")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -58,38 +60,25 @@ def matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def random_quantized(shape: tuple[int, int], scheme: QuantScheme) -> QuantizedTensor:
-    """Return a matrix of random codes, and scales of about 0.01."""
-    weight = empty_quantized(shape, scheme, torch.bfloat16, "cpu")
-    for name, part in weight.parts().items():
-        if name == "nested_offset":
-            part.fill_(0.01)
-        elif part.is_floating_point():
-            part.uniform_(0.005, 0.015)
-        else:
-            random_bytes(part)
-    return weight
-
-
-def random_bytes(part: torch.Tensor) -> None:
-    """Fill a contiguous tensor with random bytes, eight at a time."""
-    flat = part.view(-1).view(torch.uint8)
-    whole = flat.numel() // 8 * 8
-    if whole:
-        flat[:whole].copy_(torch.empty(whole // 8, dtype=torch.int64).random_(-(2**63), None).view(torch.uint8))
-    flat[whole:].random_(0, 256)
-
-
 def measure(
     config: ModelConfig,
     schemes: Sequence[QuantScheme],
     rows: Sequence[int],
     memory: Memory,
     effort: Effort,
-    cache_bytes: int,
+    away_bytes: int,
     progress: Callable[[int], None],
 ) -> Iterator[Cell]:
-    """Yield a cell for each scheme, matrix and M; `progress` is told of each.
+    """Yield a cell for each scheme, matrix and M.
+
+    Args:
+        config: the model whose matrices they are.
+        schemes: of the matrices.
+        rows: each M.
+        memory: what one row is held to.
+        effort: how many rounds.
+        away_bytes: what the copies of a matrix take together at least.
+        progress: is told of each cell.
 
     Raises:
         BackendError: the CPU kernels are not built, or cannot take a matrix.
@@ -97,7 +86,7 @@ def measure(
     for scheme in schemes:
         for matrix, shape in matrices(config).items():
             weight = random_quantized(shape, scheme)
-            beside = contenders(weight, 4 * cache_bytes)
+            beside = contenders(weight, away_bytes)
             for m in rows:
                 x = torch.randn(m, shape[1]).bfloat16()
                 yield _cell(matrix, x, weight, beside, memory, effort)
@@ -170,7 +159,8 @@ def _rotating(
 
 
 def _copy(weight: QuantizedTensor) -> QuantizedTensor:
-    return replace(weight, **{name: part.clone() for name, part in weight.parts().items()})
+    parts = {name: part.clone() for name, part in weight.parts().items()}
+    return QuantizedTensor(weight.scheme, weight.shape, **parts)
 
 
 def _torch_int8(weight: QuantizedTensor, away_bytes: int) -> Contender:
@@ -198,6 +188,7 @@ def _torch_int4(weight: QuantizedTensor, away_bytes: int) -> Contender:
 
 def _bitsandbytes(weight: QuantizedTensor, away_bytes: int) -> Contender:
     """Return its NF4 as its Linear4bit runs it on a CPU: repacked where there is a kernel for that."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of packages that it could use, too
     import bitsandbytes
     from bitsandbytes import functional
 

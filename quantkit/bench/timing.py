@@ -21,13 +21,16 @@ class Effort:
     seconds: float
 
 
-def alternate(runs: Mapping[Name, Callable[[int], object]], effort: Effort) -> dict[Name, list[float]]:
+def alternate(
+    runs: Mapping[Name, Callable[[int], object]], effort: Effort, pause_s: float = 0.0
+) -> dict[Name, list[float]]:
     """Return the seconds of every run, lists of one length: each is called in turn, once a round.
 
     Args:
         runs: called with the number of the round, so that they can take other memory each time; the first
             round is not timed.
         effort: how many rounds.
+        pause_s: wait so long before each run, for threads of another process to stop spinning.
     """
     for run in runs.values():
         run(0)
@@ -35,6 +38,7 @@ def alternate(runs: Mapping[Name, Callable[[int], object]], effort: Effort) -> d
     end = time.perf_counter() + effort.seconds
     for turn in range(1, MOST_ROUNDS + 1):
         for name, run in runs.items():
+            time.sleep(pause_s)
             start = time.perf_counter()
             run(turn)
             times[name].append(time.perf_counter() - start)
