@@ -188,7 +188,7 @@ class Layer:
     """All matrices of one layer in one scheme with M rows: the sums of its cells.
 
     Attributes:
-        scheme: the precision's name; `torch bf16` for what runs beside it.
+        name: the scheme's; `torch bf16` for what runs beside it.
         m: M.
         weight_bytes: of all matrices.
         seconds: sum of the medians.
@@ -196,7 +196,7 @@ class Layer:
         speedups: of quantkit over each other contender, matrices weighted by quantkit's time.
     """
 
-    scheme: str
+    name: str
     m: int
     weight_bytes: int
     seconds: float
@@ -224,7 +224,7 @@ def layers(cells: Sequence[Cell]) -> list[Layer]:
         others = [name for name in group[0].speedups if all(name in cell.speedups for cell in group)]
         found.append(
             Layer(
-                scheme=scheme,
+                name=scheme,
                 m=m,
                 weight_bytes=sum(cell.weight_bytes for cell in group),
                 seconds=ours,

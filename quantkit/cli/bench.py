@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from calculators.units import format_bytes
 from quantkit.cli import options, page, remarks
 from quantkit.errors import ConfigError
 from quantkit.presets import PRESETS
 
 if TYPE_CHECKING:
-    from quantkit.bench.results import Bench, Limits, Machine
-
-MISSING = "–"
+    from quantkit.bench.results import Bench
 
 
 @click.group("bench")
@@ -101,74 +98,12 @@ def cpu(
 
 
 def _text(found: Bench) -> str:
-    parts = [_limits(found.machine, found.limits)]
+    from quantkit.bench import tables
+
+    parts = [page.Facts(tables.machine(found)).text(indent="")]
     if found.cells:
-        parts += [_kernels(found), _shares(found)]
+        parts += [f"{tables.about_kernels(found)}\n\n{page.table(*tables.kernels(found))}"]
+        parts += [f"Share of the read bandwidth at one row\n\n{page.table(*tables.shares(found))}"]
     if found.models:
-        parts.append(_models(found))
-    if found.quick:
-        parts.append("A quick run: its figures mean nothing.")
-    return "\n\n".join(parts)
-
-
-def _limits(machine: Machine, limits: Limits) -> str:
-    best = limits.readers[0]
-    facts = [
-        ("machine", f"{machine.cpu}, {machine.cores} cores, {format_bytes(machine.memory_bytes)}"),
-        ("runs", f"{machine.threads} threads, {machine.isa}, torch {machine.torch}"),
-        ("reads", f"{best.bytes_per_s / 1e9:.1f} GB/s ({best.name}, {best.pages} pages)"),
-        ("multiplies", f"{limits.flops_per_s / 1e9:,.0f} GFLOP/s (torch, bfloat16)"),
-    ]
-    return page.Facts(facts).text(indent="")
-
-
-def _kernels(found: Bench) -> str:
-    from quantkit.bench.results import layers
-
-    sums = layers(found.cells)
-    others = list(dict.fromkeys(name for layer in sums for name in layer.speedups))
-    rows = [
-        [
-            layer.scheme,
-            str(layer.m),
-            f"{1e3 * layer.seconds:,.2f}",
-            f"{layer.flops_per_s / 1e9:,.0f}",
-            *(f"{layer.speedups[name]:.2f}" if name in layer.speedups else MISSING for name in others),
-        ]
-        for layer in sums
-    ]
-    header = ["scheme", "rows", "ms", "GFLOP/s", *(f"x {name}" for name in others)]
-    about = f"One layer's matrices of {found.shapes}; x is how many times as fast as the other"
-    return f"{about}\n\n{page.table(header, rows)}"
-
-
-def _shares(found: Bench) -> str:
-    names = list(dict.fromkeys(cell.matrix for cell in found.cells))
-    shares = {(cell.scheme, cell.matrix): cell.read_share for cell in found.cells if cell.m == 1}
-    rows = [
-        [scheme, *(f"{shares[scheme, name] or 0.0:.0%}" for name in names)]
-        for scheme in dict.fromkeys(cell.scheme for cell in found.cells)
-    ]
-    return "Share of the read bandwidth at one row\n\n" + page.table(["scheme", *names], rows)
-
-
-def _models(found: Bench) -> str:
-    peers = [run.peer for run in found.models if run.peer]
-    header = ["model", "scheme", "decode", "of bandwidth", "prefill"]
-    if peers:
-        header += ["beside", "its decode", "x decode", "its prefill", "x prefill"]
-    rows = []
-    for run in found.models:
-        row = [run.model, run.scheme, f"{run.decode_tokens_per_s:,.2f}", f"{run.read_share:.0%}"]
-        row.append(f"{run.prefill_tokens_per_s:,.1f}")
-        if run.peer:
-            row += [run.peer.file_type, f"{run.peer.decode_tokens_per_s:,.2f}", f"{run.peer.decode_speedup:.2f}"]
-            row += [f"{run.peer.prefill_tokens_per_s:,.1f}", f"{run.peer.prefill_speedup:.2f}"]
-        rows.append(row)
-    first = found.models[0]
-    about = [
-        f"Whole models with random weights, in tokens/s: {first.decode_tokens} decoded one by one after a prompt of "
-        f"{first.prompt_tokens}",
-        f"beside {peers[0].name}: x is how many times as fast" if peers else "llama.cpp is beside where --llama names it",
-    ]
-    return "\n".join([*about, "", page.table(header, rows)])
+        parts += [f"{tables.about_models(found)}\n\n{page.table(*tables.models(found))}"]
+    return "\n\n".join([*parts, tables.QUICK] if found.quick else parts)
