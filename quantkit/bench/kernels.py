@@ -101,12 +101,11 @@ def _cell(
     memory: Memory,
     effort: Effort,
 ) -> Cell:
-    runs: dict[str, Callable[[int], object]] = {
-        name: partial(contender.run, x) for name, contender in beside.items()
-    }
     read_bytes = memory.readable(weight.nbytes)
+    runs: dict[str, Callable[[int], object]] = {OURS: partial(beside[OURS].run, x)}
     if len(x) == 1:
-        runs[_READ] = partial(memory.read, nbytes=read_bytes)
+        runs[_READ] = partial(memory.read, nbytes=read_bytes)  # at once after ours: no threads to wake
+    runs |= {name: partial(contender.run, x) for name, contender in beside.items()}
     times = alternate(runs, effort)
     read = times.pop(_READ, None)
     ours = times[OURS]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -154,8 +155,9 @@ class Llama:
 
     def _ask(self, what: str, tokens: list[int]) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({what: tokens}) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended, which is what its answer will be
+            self._process.stdin.write(json.dumps({what: tokens}) + "\n")
+            self._process.stdin.flush()
         self._answer()
 
     def _answer(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def measure(
     folder: Path | None,
     progress: Callable[[int], None],
 ) -> Iterator[ModelRun]:
-    """Yield a run of each model in each scheme; `progress` is told of each.
+    """Yield a run of each model in each scheme.
 
     Args:
         configs: the models' shapes.

@@ -114,6 +114,8 @@ def test_what_llama_cannot_do_is_one_line(stand_in: str, tmp_path: Path) -> None
         llama.decode([1, 2])
         with pytest.raises(BackendError, match="ValueError: context is full"):
             llama.decode([3])
+        with pytest.raises(BackendError, match="it ended without a word"):
+            llama.decode([3])
 
 
 def test_an_interpreter_without_llama_cpp_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
