@@ -45,10 +45,19 @@ def file_type(bits: int) -> str:
 
 
 def write_gguf(path: Path, config: ModelConfig, bits: int) -> int:
-    """Write random weights of a Llama or Mistral, every matrix in Q4_0 or Q8_0, and return their bytes.
+    """Write random weights of a model's shapes, every matrix in Q4_0 or Q8_0, and return their bytes.
 
     Embedding and head are in that type, too. There is no vocabulary but its size.
+
+    Raises:
+        BackendError: a matrix has rows that are not whole blocks.
     """
+    for spec in config.tensors:
+        if len(spec.shape) == 2 and spec.shape[1] % _BLOCK:
+            raise BackendError(
+                f"{spec.name} of {config.name} has K = {spec.shape[1]}, no multiple of {_BLOCK}: llama.cpp's "
+                f"{file_type(bits)} cannot hold it; leave out --llama"
+            )
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(config.max_context)
     writer.add_embedding_length(config.hidden_size)

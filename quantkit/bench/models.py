@@ -94,7 +94,7 @@ def _run(
     file: Path,
     file_bytes: int,
 ) -> ModelRun:
-    decoder = load(RandomCheckpoint(config, scheme))
+    decoder = load(RandomCheckpoint(config, scheme), dtype="bf16")
     prompt, answer = length.tokens(config.vocab_size)
     ours = _Ours(decoder, prompt, answer)
     read_bytes = memory.readable(min(_READ_BYTES, decoder.weights_bytes))

@@ -136,7 +136,7 @@ class ModelRun:
     """A whole model with random weights, attention included: a prompt, then token by token after it.
 
     Attributes:
-        model: the preset whose shapes it has.
+        model: the one whose shapes it has.
         scheme: of the blocks' matrices; embedding and head are bfloat16.
         prompt_tokens: run at once.
         decode_tokens: run one by one, from a cache that holds the prompt.

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from calculators.units import format_bytes
 from quantkit.bench import kernels, machine, models
 from quantkit.bench.results import Bench, Cell, ModelRun
 from quantkit.bench.timing import Effort
 from quantkit.config import ModelConfig
-from quantkit.errors import SchemeError
+from quantkit.errors import BackendError, SchemeError
+from quantkit.estimate import Estimator
 from quantkit.presets import DEFAULT_PRESET, PRESETS
 from quantkit.schemes import QuantScheme, get_scheme
 
@@ -24,7 +26,7 @@ class Plan:
     Attributes:
         schemes: the precisions.
         kernels: whether one layer's matrices are run.
-        models: presets to run whole; empty for none.
+        models: shapes to run whole; empty for none.
         quick: a small run that only shows that everything works.
         llama: an interpreter that has `llama_cpp`, to run the models beside; None for none.
         folder: where a file for it is written for the time being; None for the system's.
@@ -74,9 +76,11 @@ def run(plan: Plan, progress: Callable[[int], None]) -> Bench:
     """Measure the machine, then what the plan asks for; `progress` is told of each step.
 
     Raises:
-        BackendError: the CPU kernels are not built, or llama.cpp is asked for and cannot run.
+        BackendError: the CPU kernels are not built, a model is larger than the memory, or llama.cpp is asked for
+            and cannot run.
     """
     here = machine.describe()
+    _check_room(plan, here.memory_bytes)
     if plan.llama:
         from quantkit.bench.llama import Llama
 
@@ -100,3 +104,15 @@ def run(plan: Plan, progress: Callable[[int], None]) -> Bench:
             )
         )
     return Bench(plan.quick, here, limits, plan.shapes.name, cells, runs)
+
+
+def _check_room(plan: Plan, memory_bytes: int) -> None:
+    """Refuse a model whose weights do not fit, twice where llama.cpp holds them, too."""
+    for config in plan.models:
+        for scheme in plan.schemes:
+            need = Estimator(config, scheme).weights_bytes * (2 if plan.llama else 1)
+            if need > memory_bytes:
+                raise BackendError(
+                    f"{config.name} at {scheme.name} needs {format_bytes(need)} for weights, and this machine has "
+                    f"{format_bytes(memory_bytes)}: choose others by --model and --scheme"
+                )

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 import click
 
 from quantkit.cli import options, page, remarks
-from quantkit.errors import ConfigError
-from quantkit.presets import PRESETS
 
 if TYPE_CHECKING:
     from quantkit.bench.results import Bench
@@ -31,8 +29,8 @@ def command() -> None:
 )  # fmt: skip
 @click.option("--scheme", "schemes", multiple=True, metavar="NAME", help="Repeatable [default: four].")
 @click.option(
-    "--model", "models", multiple=True, metavar="PRESET",
-    help="Shapes of a whole model, repeatable [default: mistral-7b-instruct-v0.2 and smollm2-135m].",
+    "--model", "models", multiple=True, metavar="MODEL",
+    help="Run a whole model of these shapes, repeatable [default: mistral-7b-instruct-v0.2 and smollm2-135m].",
 )  # fmt: skip
 @click.option(
     "--llama", metavar="PYTHON",
@@ -74,14 +72,11 @@ def cpu(
     from quantkit.bench import models as whole
     from quantkit.bench.run import Plan, run, schemes_named
 
-    presets = models or (whole.QUICK_MODELS if quick else whole.MODELS)
-    for name in presets:
-        if name not in PRESETS:
-            raise ConfigError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
+    named = models or (whole.QUICK_MODELS if quick else whole.MODELS)
     plan = Plan(
         schemes=schemes_named(schemes),
         kernels="kernels" in wanted,
-        models=tuple(PRESETS[name] for name in presets) if "models" in wanted else (),
+        models=tuple(options.find_model(name).config for name in named) if "models" in wanted else (),
         quick=quick,
         llama=llama,
         folder=folder,

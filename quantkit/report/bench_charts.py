@@ -113,7 +113,8 @@ def _axes(found: Bench, title: str) -> tuple[Figure, Axes]:
 
 def _small_print(found: Bench) -> str:
     names = ", ".join(f"{c.matrix} {c.n:,} x {c.k:,}" for c in {c.matrix: c for c in found.cells}.values())
-    return f"All matrices of one layer: {names}; weights come from memory, not from a cache."
+    away = "" if found.quick else "; weights come from memory, not from a cache"
+    return f"All matrices of one layer: {names}{away}."
 
 
 def _by_scheme(sums: Sequence[Layer]) -> list[list[Layer]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from quantkit.bench import machine, models
+from quantkit.bench import run as benchmark
 from quantkit.bench.llama import Llama, write_gguf
 from quantkit.bench.random_weights import RandomCheckpoint
 from quantkit.bench.timing import Effort
@@ -77,6 +79,21 @@ def test_the_file_for_llama_is_the_same_model(bits: int, tmp_path: Path) -> None
         weight = checkpoint.read(spec)
         assert isinstance(weight, torch.Tensor)
         assert np.isfinite(weight.float().numpy()).all()
+
+
+def test_a_file_for_llama_has_whole_blocks(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"K = 100, no multiple of 32: llama.cpp's Q4_0 cannot hold it"):
+        write_gguf(tmp_path / "model.gguf", replace(CONFIG, intermediate_size=100), 4)
+
+
+@pytest.mark.skipif(native.extension() is None, reason="the extension is not built")
+def test_a_model_larger_than_memory_is_refused() -> None:
+    huge = replace(CONFIG, name="huge", n_layers=10_000, intermediate_size=1 << 24)
+    with pytest.raises(BackendError, match=r"huge at int8 needs .* for weights, and this machine has"):
+        benchmark.run(
+            benchmark.Plan((get_scheme("int8"),), kernels=False, models=(huge,), quick=True),
+            lambda steps: None,
+        )
 
 
 @pytest.mark.skipif(native.extension() is None, reason="the extension is not built")
