@@ -11,6 +11,7 @@ from statistics import median
 
 import torch
 
+from quantkit.bench.llama import Llama, file_type, write_gguf
 from quantkit.bench.machine import Memory
 from quantkit.bench.random_weights import RandomCheckpoint
 from quantkit.bench.results import ModelRun, Peer
@@ -69,19 +70,27 @@ def measure(
     """
     for config in configs:
         for bits in dict.fromkeys(scheme.bits for scheme in schemes):
-            alike = [scheme for scheme in schemes if scheme.bits == bits]
             with tempfile.TemporaryDirectory(dir=folder, prefix="quantkit-bench-") as place:
-                file = Path(place) / f"{config.name}.gguf"
-                nbytes = _write(file, config, bits) if llama else 0
-                for scheme in alike:
-                    yield _run(config, scheme, length, memory, effort, llama, file, nbytes)
-                    progress(1)
+                beside = _write(llama, Path(place), config, bits) if llama else None
+                for scheme in schemes:
+                    if scheme.bits == bits:
+                        yield _run(config, scheme, length, memory, effort, beside)
+                        progress(1)
 
 
-def _write(path: Path, config: ModelConfig, bits: int) -> int:
-    from quantkit.bench.llama import write_gguf
+@dataclass(frozen=True)
+class _File:
+    """A file for llama.cpp, the interpreter that runs it, and the bytes of its tensors."""
 
-    return write_gguf(path, config, bits)
+    python: str
+    path: Path
+    bits: int
+    weights_bytes: int
+
+
+def _write(python: str, folder: Path, config: ModelConfig, bits: int) -> _File:
+    path = folder / "model.gguf"
+    return _File(python, path, bits, write_gguf(path, config, bits))
 
 
 def _run(
@@ -90,41 +99,29 @@ def _run(
     length: Length,
     memory: Memory,
     effort: Effort,
-    llama: str | None,
-    file: Path,
-    file_bytes: int,
+    beside: _File | None,
 ) -> ModelRun:
     decoder = load(RandomCheckpoint(config, scheme), dtype="bf16")
     prompt, answer = length.tokens(config.vocab_size)
     ours = _Ours(decoder, prompt, answer)
     read_bytes = memory.readable(min(_READ_BYTES, decoder.weights_bytes))
     runs: dict[str, Callable[[int], None]] = {"prefill": ours.prefill}
-    if llama is None:
-        runs |= {"read": partial(memory.read, nbytes=read_bytes), "decode": ours.decode}
-        times, peer = alternate(runs, effort), None
+    last: dict[str, Callable[[int], None]] = {
+        "read": partial(memory.read, nbytes=read_bytes),
+        "decode": ours.decode,
+    }
+    if beside is None:
+        times, peer = alternate(runs | last, effort), None
     else:
-        from quantkit.bench.llama import Llama, file_type
-
-        with Llama(llama, file, torch.get_num_threads(), length.prompt + length.decode) as other:
-            runs |= {
-                "peer prefill": lambda turn: other.prefill(prompt),
-                "peer decode": lambda turn: other.decode(answer),
-                "read": partial(memory.read, nbytes=read_bytes),
-                "decode": ours.decode,
-            }
-            times = alternate(runs, effort, _PAUSE_S)
-        peer = Peer(
-            name=f"llama.cpp (llama-cpp-python {other.version})",
-            file_type=file_type(scheme.bits),
-            weights_bytes=file_bytes,
-            prefill_tokens_per_s=length.prompt / median(times["peer prefill"]),
-            decode_tokens_per_s=length.decode / median(times["peer decode"]),
-            prefill_speedup=paired(times["peer prefill"], times["prefill"]),
-            decode_speedup=paired(times["peer decode"], times["decode"]),
-        )
-    token_bytes = decoder.weights_bytes
-    if not config.tie_embeddings:
-        token_bytes -= decoder.weights["model.embed_tokens.weight"].nbytes
+        with Llama(
+            beside.python, beside.path, torch.get_num_threads(), length.prompt + length.decode
+        ) as other:
+            runs["peer prefill"] = lambda turn: other.prefill(prompt)
+            runs["peer decode"] = lambda turn: other.decode(answer)
+            times = alternate(runs | last, effort, _PAUSE_S)
+        peer = _peer(other.version, beside, length, times)
+    embedding_bytes = 0 if config.tie_embeddings else 2 * config.vocab_size * config.hidden_size
+    token_bytes = decoder.weights_bytes - embedding_bytes
     return ModelRun(
         model=config.name,
         scheme=scheme.name,
@@ -137,6 +134,18 @@ def _run(
         decode_tokens_per_s=length.decode / median(times["decode"]),
         read_share=length.decode * token_bytes / read_bytes * paired(times["read"], times["decode"]),
         peer=peer,
+    )
+
+
+def _peer(version: str, file: _File, length: Length, times: dict[str, list[float]]) -> Peer:
+    return Peer(
+        name=f"llama.cpp (llama-cpp-python {version})",
+        file_type=file_type(file.bits),
+        weights_bytes=file.weights_bytes,
+        prefill_tokens_per_s=length.prompt / median(times["peer prefill"]),
+        decode_tokens_per_s=length.decode / median(times["peer decode"]),
+        prefill_speedup=paired(times["peer prefill"], times["prefill"]),
+        decode_speedup=paired(times["peer decode"], times["decode"]),
     )
 
 

@@ -86,6 +86,6 @@ def about_models(found: Bench) -> str:
         f"Whole models with random weights, in tokens/s: {first.decode_tokens} tokens one by one after a prompt of "
         f"{first.prompt_tokens}"
     )
-    return (
-        f"{about}; beside it {peers[0].name}" if peers else f"{about}; without llama.cpp, which --llama names"
-    )
+    if not peers:
+        return f"{about}; without llama.cpp, which --llama names"
+    return f"{about}; beside it {peers[0].name}, whose embedding and head are quantized, too"
