@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from quantkit.bench.machine import Memory
+from quantkit.bench.machine import Roof
 from quantkit.bench.random_weights import random_quantized
 from quantkit.bench.results import BF16, OURS, Cell
 from quantkit.bench.timing import Effort, alternate, paired
@@ -31,7 +31,7 @@ SCHEMES = ("int8", "int4-g128", "nf4", "nf4-dq")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 QUICK_ROWS = (1, 16)
 REFERENCE = "reference"
-_READ = "read"
+_READ, _PRODUCT = "read", "product"
 _TORCH_GROUPS = (32, 64, 128, 256)  # that `_weight_int4pack_mm_for_cpu` takes
 _INNER_TILES = 2  # of its packing, which ignores it
 _BITSANDBYTES_ROWS = 32  # that its packing takes together
@@ -64,7 +64,7 @@ def measure(
     config: ModelConfig,
     schemes: Sequence[QuantScheme],
     rows: Sequence[int],
-    memory: Memory,
+    roof: Roof,
     effort: Effort,
     away_bytes: int,
     progress: Callable[[int], None],
@@ -75,7 +75,7 @@ def measure(
         config: the model whose matrices they are.
         schemes: of the matrices.
         rows: each M.
-        memory: what one row is held to.
+        roof: what runs beside.
         effort: how many rounds.
         away_bytes: what the copies of a matrix take together at least.
         progress: is told of each cell.
@@ -89,7 +89,7 @@ def measure(
             beside = contenders(weight, away_bytes)
             for m in rows:
                 x = torch.randn(m, shape[1]).bfloat16()
-                yield _cell(matrix, x, weight, beside, memory, effort)
+                yield _cell(matrix, x, weight, beside, roof, effort)
                 progress(1)
 
 
@@ -98,28 +98,38 @@ def _cell(
     x: torch.Tensor,
     weight: QuantizedTensor,
     beside: dict[str, Contender],
-    memory: Memory,
+    roof: Roof,
     effort: Effort,
 ) -> Cell:
-    read_bytes = memory.readable(weight.nbytes)
-    runs: dict[str, Callable[[int], object]] = {OURS: partial(beside[OURS].run, x)}
-    if len(x) == 1:
-        runs[_READ] = partial(memory.read, nbytes=read_bytes)  # at once after ours: no threads to wake
+    read_bytes = roof.memory.readable(weight.nbytes)
+    runs: dict[str, Callable[[int], object]] = {
+        OURS: partial(beside[OURS].run, x),
+        _READ: partial(roof.memory.read, nbytes=read_bytes),  # at once after ours: no threads to wake
+        _PRODUCT: roof.product.run,
+    }
     runs |= {name: partial(contender.run, x) for name, contender in beside.items()}
     times = alternate(runs, effort)
-    read = times.pop(_READ, None)
-    ours = times[OURS]
+    s_per_byte = [taken / read_bytes for taken in times.pop(_READ)]
+    s_per_flop = [taken / roof.product.flops for taken in times.pop(_PRODUCT)]
+    n, k = weight.shape
+
+    def roof_share(name: str, weight_bytes: int) -> float:
+        costs = zip(s_per_byte, s_per_flop, strict=True)
+        return paired(
+            [max(weight_bytes * byte, 2 * len(x) * n * k * flop) for byte, flop in costs], times[name]
+        )
+
     return Cell(
         scheme=weight.scheme.name,
         matrix=matrix,
-        n=weight.shape[0],
-        k=weight.shape[1],
+        n=n,
+        k=k,
         m=len(x),
         weight_bytes=weight.nbytes,
-        rounds=len(ours),
+        rounds=len(times[OURS]),
         seconds={name: median(taken) for name, taken in times.items()},
-        speedups={name: paired(taken, ours) for name, taken in times.items() if name != OURS},
-        read_share=None if read is None else weight.nbytes / read_bytes * paired(read, ours),
+        speedups={name: paired(taken, times[OURS]) for name, taken in times.items() if name != OURS},
+        roof_shares={OURS: roof_share(OURS, weight.nbytes), BF16: roof_share(BF16, 2 * n * k)},
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -23,7 +23,7 @@ ASSUMED_CACHE = 64 * MIB  # where the system does not say
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _BUFFER_BYTES, _QUICK_BUFFER_BYTES = 512 * MIB, 64 * MIB
-_PRODUCTS = ((512, 4096, 4096), (512, 14336, 4096), (2048, 4096, 4096))  # (M, N, K)
+_PRODUCTS = ((256, 8192, 4096), (512, 4096, 4096), (1024, 4096, 2048))  # (M, N, K)
 _QUICK_PRODUCTS = ((256, 1024, 1024),)
 
 
@@ -106,21 +106,40 @@ class Memory:
         return min(-(-nbytes // LINE) * LINE, self._buffers["huge"].numel())
 
 
-def measure(memory: Memory, quick: bool = False) -> Limits:
-    """Return the read bandwidth and the speed of bfloat16 products; chooses the reader of `memory`, too."""
+class Product:
+    """A bfloat16 product of torch, x (M, K) by W (N, K).
+
+    Attributes:
+        flops: multiplications and additions.
+    """
+
+    def __init__(self, m: int, n: int, k: int) -> None:
+        self._x, self._weight = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
+        self.flops = 2 * m * n * k
+
+    def run(self, turn: int) -> None:
+        """Multiply."""
+        torch.nn.functional.linear(self._x, self._weight)
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What runs beside everything else, round by round: the fastest reader, and the fastest product."""
+
+    memory: Memory
+    product: Product
+
+
+def measure(quick: bool = False) -> tuple[Limits, Roof]:
+    """Return the read bandwidth and the speed of bfloat16 products, and what reached them.
+
+    Raises:
+        BackendError: the CPU kernels are not built.
+    """
+    memory = Memory(quick)
     readers = memory.choose(Effort(2, 0.0) if quick else Effort(9, 0.0))
-    return Limits(tuple(readers), _product_flops(_QUICK_PRODUCTS if quick else _PRODUCTS, quick))
-
-
-def _product_flops(shapes: Sequence[tuple[int, int, int]], quick: bool) -> float:
-    """Return the operations a second of the fastest of some products, each the median of its runs."""
-
-    def multiply(x: torch.Tensor, weight: torch.Tensor, turn: int) -> None:
-        torch.nn.functional.linear(x, weight)
-
-    runs = {
-        (m, n, k): partial(multiply, torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16())
-        for m, n, k in shapes
-    }
-    times = alternate(runs, Effort(2, 0.0) if quick else Effort(5, 3.0))
-    return max(2 * m * n * k / median(times[m, n, k]) for m, n, k in shapes)
+    products = [Product(*shape) for shape in (_QUICK_PRODUCTS if quick else _PRODUCTS)]
+    times = alternate({each: each.run for each in products}, Effort(2, 0.0) if quick else Effort(9, 2.0))
+    rates = {each: each.flops / median(times[each]) for each in products}
+    fastest = max(products, key=rates.__getitem__)
+    return Limits(tuple(readers), rates[fastest]), Roof(memory, fastest)

@@ -72,6 +72,10 @@ class Limits:
         """The read bandwidth: that of the fastest reader."""
         return self.readers[0].bytes_per_s
 
+    def roof(self, intensity: float) -> float:
+        """Return the most operations a second for so many of them on each byte that is read."""
+        return min(self.flops_per_s, self.bytes_per_s * intensity)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -87,8 +91,9 @@ class Cell:
         rounds: how often each contender ran.
         seconds: median of each contender, `quantkit` among them.
         speedups: of quantkit over each other contender: the median ratio of its seconds to quantkit's.
-        read_share: the share of the read bandwidth at which quantkit takes in codes and scales, beside the fastest
-            reader; None but for one row.
+        roof_shares: of quantkit and of torch in bfloat16: the time that the machine would need at least, beside the
+            time that was taken. The machine needs the longer of reading the weights and of a bfloat16 product's
+            operations, both at the speeds of the same round; at one row it is the share of the read bandwidth.
     """
 
     scheme: str
@@ -100,7 +105,7 @@ class Cell:
     rounds: int
     seconds: dict[str, float]
     speedups: dict[str, float]
-    read_share: float | None
+    roof_shares: dict[str, float]
 
     @property
     def flops(self) -> int:
@@ -194,6 +199,7 @@ class Layer:
         seconds: sum of the medians.
         flops: sum.
         speedups: of quantkit over each other contender, matrices weighted by quantkit's time.
+        roof_share: of what the machine can do at most, matrices weighted likewise.
     """
 
     name: str
@@ -202,9 +208,11 @@ class Layer:
     seconds: float
     flops: int
     speedups: dict[str, float]
+    roof_share: float
 
     @property
     def flops_per_s(self) -> float:
+        """Operations a second while it ran; a machine that drifts moves them."""
         return self.flops / self.seconds
 
     @property
@@ -218,33 +226,35 @@ def layers(cells: Sequence[Cell]) -> list[Layer]:
     grouped: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
         grouped.setdefault((cell.scheme, cell.m), []).append(cell)
-    found = []
-    for (scheme, m), group in grouped.items():
-        ours = sum(cell.seconds[OURS] for cell in group)
-        others = [name for name in group[0].speedups if all(name in cell.speedups for cell in group)]
-        found.append(
-            Layer(
-                name=scheme,
-                m=m,
-                weight_bytes=sum(cell.weight_bytes for cell in group),
-                seconds=ours,
-                flops=sum(cell.flops for cell in group),
-                speedups={
-                    name: sum(cell.speedups[name] * cell.seconds[OURS] for cell in group) / ours
-                    for name in others
-                },
-            )
-        )
-    return found
+    return [
+        _layer(scheme, group, OURS, sum(cell.weight_bytes for cell in group))
+        for (scheme, _), group in grouped.items()
+    ]
 
 
 def bf16_layers(cells: Sequence[Cell]) -> list[Layer]:
     """Return what torch does with the same matrices in bfloat16, beside the first scheme."""
     first = [cell for cell in cells if cell.scheme == cells[0].scheme]
-    found = []
-    for m in dict.fromkeys(cell.m for cell in first):
-        group = [cell for cell in first if cell.m == m]
-        nbytes = sum(2 * cell.n * cell.k for cell in group)
-        seconds, flops = sum(cell.seconds[BF16] for cell in group), sum(cell.flops for cell in group)
-        found.append(Layer(BF16, m, nbytes, seconds, flops, {}))
-    return found
+    grouped = [[cell for cell in first if cell.m == m] for m in dict.fromkeys(cell.m for cell in first)]
+    return [_layer(BF16, group, BF16, sum(2 * cell.n * cell.k for cell in group)) for group in grouped]
+
+
+def _layer(name: str, group: Sequence[Cell], contender: str, weight_bytes: int) -> Layer:
+    seconds = sum(cell.seconds[contender] for cell in group)
+
+    def weighted(values: Sequence[float]) -> float:
+        pairs = zip(values, group, strict=True)
+        return sum(value * cell.seconds[contender] for value, cell in pairs) / seconds
+
+    others = [other for other in group[0].speedups if all(other in cell.speedups for cell in group)]
+    return Layer(
+        name=name,
+        m=group[0].m,
+        weight_bytes=weight_bytes,
+        seconds=seconds,
+        flops=sum(cell.flops for cell in group),
+        speedups={
+            other: weighted([cell.speedups[other] for cell in group]) for other in others if contender == OURS
+        },
+        roof_share=weighted([cell.roof_shares[contender] for cell in group]),
+    )

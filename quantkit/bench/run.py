@@ -86,21 +86,20 @@ def run(plan: Plan, progress: Callable[[int], None]) -> Bench:
 
         with Llama(plan.llama):  # a wrong interpreter is told of at once
             pass
-    memory = machine.Memory(plan.quick)
-    limits = machine.measure(memory, plan.quick)
+    limits, roof = machine.measure(plan.quick)
     progress(1)
     cells: tuple[Cell, ...] = ()
     runs: tuple[ModelRun, ...] = ()
     if plan.kernels:
         effort = Effort(2, 0.0) if plan.quick else Effort(7, 0.7)
         away = 0 if plan.quick else 4 * here.cache_bytes
-        cells = tuple(kernels.measure(plan.shapes, plan.schemes, plan.rows, memory, effort, away, progress))
+        cells = tuple(kernels.measure(plan.shapes, plan.schemes, plan.rows, roof, effort, away, progress))
     if plan.models:
         effort = Effort(1, 0.0) if plan.quick else Effort(5, 15.0)
         length = models.QUICK_LENGTH if plan.quick else models.LENGTH
         runs = tuple(
             models.measure(
-                plan.models, plan.schemes, length, memory, effort, plan.llama, plan.folder, progress
+                plan.models, plan.schemes, length, roof.memory, effort, plan.llama, plan.folder, progress
             )
         )
     return Bench(plan.quick, here, limits, plan.shapes.name, cells, runs)

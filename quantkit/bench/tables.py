@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from calculators.units import format_bytes
-from quantkit.bench.results import Bench, Layer, ModelRun, bf16_layers, layers
+from quantkit.bench.results import OURS, Bench, Layer, ModelRun, bf16_layers, layers
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -26,7 +26,7 @@ def kernels(found: Bench) -> Table:
     """Return one layer's matrices at each M: quantkit's time, and how many times as fast as each other it is."""
     sums = layers(found.cells)
     others = list(dict.fromkeys(name for layer in sums for name in layer.speedups))
-    header = ["scheme", "rows", "ms", "GFLOP/s", *(f"x {name}" for name in others)]
+    header = ["scheme", "rows", "ms", "GFLOP/s", "of roof", *(f"x {name}" for name in others)]
     return header, [_kernel(layer, others) for layer in [*bf16_layers(found.cells), *sums]]
 
 
@@ -37,19 +37,17 @@ def _kernel(layer: Layer, others: list[str]) -> list[str]:
         str(layer.m),
         f"{1e3 * layer.seconds:,.2f}",
         f"{layer.flops_per_s / 1e9:,.0f}",
+        f"{layer.roof_share:.0%}",
         *speedups,
     ]
 
 
 def shares(found: Bench) -> Table:
     """Return each scheme's share of the read bandwidth at one row, matrix by matrix."""
-    known = {(cell.scheme, cell.matrix): cell.read_share for cell in found.cells if cell.m == 1}
+    known = {(cell.scheme, cell.matrix): cell.roof_shares[OURS] for cell in found.cells if cell.m == 1}
     names = list(dict.fromkeys(name for _, name in known))
     rows = [
-        [
-            scheme,
-            *(MISSING if (share := known.get((scheme, name))) is None else f"{share:.0%}" for name in names),
-        ]
+        [scheme, *(f"{known[scheme, name]:.0%}" for name in names)]
         for scheme in dict.fromkeys(scheme for scheme, _ in known)
     ]
     return ["scheme", *names], rows

@@ -23,26 +23,30 @@ _MARGINS = {
 
 @styled
 def roofline(found: Bench) -> Figure:
-    """Draw GFLOP/s over arithmetic intensity, a line for each scheme, below what the machine can do at most."""
+    """Draw GFLOP/s over arithmetic intensity, a line for each scheme, below what the machine can do at most.
+
+    Heights are each scheme's share of the roof, which is paired: were they its own GFLOP/s, a machine whose
+    bandwidth drifts would put them anywhere.
+    """
     figure, axes = _axes(found, "CPU kernels below the roofline")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     sums = [*bf16_layers(found.cells), *layers(found.cells)]
-    memory, peak = found.limits.bytes_per_s, found.limits.flops_per_s
-    left, right = 0.7 * min(layer.intensity for layer in sums), 1.6 * max(layer.intensity for layer in sums)
+    limits = found.limits
+    memory, peak = limits.bytes_per_s / 1e9, limits.flops_per_s / 1e9
     ridge = peak / memory
-    top = 1.9 * max(peak, *(layer.flops_per_s for layer in sums)) / 1e9
-    bottom = 0.6 * min(layer.flops_per_s for layer in sums) / 1e9
+    heights = {(s.name, s.m): s.roof_share * limits.roof(s.intensity) / 1e9 for s in sums}
+    left = 0.7 * min(layer.intensity for layer in sums)
+    right = 1.6 * max(ridge, *(layer.intensity for layer in sums))
+    bottom, top = 0.6 * min(heights.values()), 1.9 * max(peak, *heights.values())
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
-    axes.plot([left, ridge], [left * memory / 1e9, peak / 1e9], color=INK, linewidth=1.3, label="_memory")
-    axes.plot([ridge, right], [peak / 1e9, peak / 1e9], color=INK, linewidth=1.3, label="_compute")
-    _label_roof(
-        axes, f"torch's bfloat16 product: {peak / 1e9:,.0f} GFLOP/s", f"reads: {memory / 1e9:.1f} GB/s", found
-    )
+    axes.plot([left, ridge], [left * memory, peak], color=INK, linewidth=1.3, label="_memory")
+    axes.plot([ridge, right], [peak, peak], color=INK, linewidth=1.3, label="_compute")
+    _label_roof(axes, memory, peak)
     for index, line in enumerate(_by_scheme(sums)):
         shown = _look(line[0].name, index)
-        points = [layer.intensity for layer in line], [layer.flops_per_s / 1e9 for layer in line]
+        points = [layer.intensity for layer in line], [heights[layer.name, layer.m] for layer in line]
         _line(axes, *points, shown, line[0].name)
     ticks = [2**power for power in range(-1, 16) if left <= 2**power <= right]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
@@ -54,24 +58,27 @@ def roofline(found: Bench) -> Figure:
     axes.set_yticks(figures, [f"{tick:,}" for tick in figures])
     axes.legend(loc="lower right", frameon=False)
     rows = ", ".join(str(m) for m in dict.fromkeys(layer.m for layer in sums))
-    footnote(figure, f"{_small_print(found)}\nMarks from left to right: {rows} rows of bfloat16.")
+    footnote(
+        figure,
+        f"{_small_print(found)} Marks from left to right: {rows} rows of bfloat16.\nHeights are shares of the roof, "
+        "medians of pairs: what the machine would need at least, at the speeds of the same round, beside what it took.",
+    )
     return figure
 
 
-def _label_roof(axes: Axes, compute: str, memory: str, found: Bench) -> None:
-    """Write what the lines are, the slanted one along itself."""
-    ridge = found.limits.flops_per_s / found.limits.bytes_per_s
+def _label_roof(axes: Axes, memory: float, peak: float) -> None:
+    """Write what the lines are (GB/s, GFLOP/s), the slanted one along itself."""
     left, right = axes.get_xlim()
     axes.annotate(
-        compute, (right, found.limits.flops_per_s / 1e9), (-4, 4), textcoords="offset points", ha="right",
-        va="bottom", fontsize=8, color=INK,
+        f"torch's bfloat16 product: {peak:,.0f} GFLOP/s", (right, peak), (-4, 4), textcoords="offset points",
+        ha="right", va="bottom", fontsize=8, color=INK,
     )  # fmt: skip
-    x = left * (min(ridge, right) / left) ** 0.45
-    start, end = (axes.transData.transform((at, at * found.limits.bytes_per_s / 1e9)) for at in (x, 1.1 * x))
+    x = left * (peak / memory / left) ** 0.45
+    start, end = (axes.transData.transform((at, at * memory)) for at in (x, 1.1 * x))
     slope = math.degrees(math.atan2(end[1] - start[1], end[0] - start[0]))
     axes.annotate(
-        memory, (x, x * found.limits.bytes_per_s / 1e9), (-7, 7), textcoords="offset points", ha="center",
-        va="center", fontsize=8, color=INK, rotation=slope, path_effects=HALO,
+        f"reads: {memory:.1f} GB/s", (x, x * memory), (-7, 7), textcoords="offset points", ha="center", va="center",
+        fontsize=8, color=INK, rotation=slope, path_effects=HALO,
     )  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from quantkit.bench.results import BF16, OURS, Bench, Cell, Limits, Machine, ModelRun, Peer, Reader
-from quantkit.errors import RecordError
 from quantkit.report.fields import Fields
 
 
@@ -33,26 +32,21 @@ def read_bench(body: Fields) -> Bench:
 
 
 def _cell(cell: Fields) -> Cell:
-    seconds, speedups = cell.fields("seconds"), cell.fields("speedups")
+    seconds, speedups, shares = cell.fields("seconds"), cell.fields("speedups"), cell.fields("roof_shares")
     for name in (OURS, BF16):
         seconds.positive(name)
-    share = cell.number_or_none("read_share")
-    m = cell.integer("m", least=1)
-    if m == 1 and share is None:
-        raise RecordError(
-            f"{cell.path}: {cell.where}read_share is null; one row has a share of the bandwidth"
-        )
+    speedups.positive(BF16)
     return Cell(
         scheme=cell.text("scheme"),
         matrix=cell.text("matrix"),
         n=cell.integer("n", least=1),
         k=cell.integer("k", least=1),
-        m=m,
+        m=cell.integer("m", least=1),
         weight_bytes=cell.integer("weight_bytes", least=1),
         rounds=cell.integer("rounds", least=1),
         seconds={name: seconds.positive(name) for name in seconds.value},
         speedups={name: speedups.positive(name) for name in speedups.value},
-        read_share=share,
+        roof_shares={name: shares.positive(name) for name in (OURS, BF16)},
     )
 
 

@@ -121,12 +121,12 @@ def kernels(run: BenchRun) -> pd.DataFrame:
             contender,
             taken,
             cell.speedups.get(contender),
-            cell.read_share,
+            cell.roof_shares.get(contender),
         ]
         for cell in run.bench.cells
         for contender, taken in cell.seconds.items()
     ]
-    return pd.DataFrame(rows, columns=[*names, "contender", "seconds", "speedup", "read_share"])
+    return pd.DataFrame(rows, columns=[*names, "contender", "seconds", "speedup", "roof_share"])
 
 
 def errors_markdown(run: MeasureRun) -> str:

@@ -60,15 +60,14 @@ def test_copies_are_enough_to_leave_every_cache_and_taken_in_turn() -> None:
 
 @needs_extension
 def test_cells_are_sane() -> None:
-    memory = machine.Memory(quick=True)
-    limits = machine.measure(memory, quick=True)
+    limits, roof = machine.measure(quick=True)
     rates = [reader.bytes_per_s for reader in limits.readers]
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] > 0
     assert limits.flops_per_s > 0
     assert {reader.pages for reader in limits.readers} == {"huge", "4K"}
     told: list[int] = []
-    cells = list(measure(TINY, [get_scheme("nf4")], (1, 3), memory, Effort(2, 0.0), 0, told.append))
+    cells = list(measure(TINY, [get_scheme("nf4")], (1, 3), roof, Effort(2, 0.0), 0, told.append))
     assert [(cell.matrix, cell.n, cell.k) for cell in cells[::2]] == [
         ("qkv", 512, 256), ("o", 256, 256), ("gate_up", 768, 256), ("down", 256, 384),
     ]  # fmt: skip
@@ -79,7 +78,8 @@ def test_cells_are_sane() -> None:
         assert all(
             math.isfinite(value) and value > 0 for value in [*cell.seconds.values(), *cell.speedups.values()]
         )
-        assert (cell.read_share is not None) == (cell.m == 1)
+        assert set(cell.roof_shares) == {"quantkit", "torch bf16"}
+        assert min(cell.roof_shares.values()) > 0
 
 
 @needs_extension
