@@ -1,7 +1,7 @@
 """Versioned JSON records of runs: what was run, on what, what came out.
 
-A record is a JSON object with `format` ("quantkit-record"), `version`, `kind` ("estimate", "perplexity" or
-"measure"), `created` (UTC), `quantkit` (its version), `environment`, and `body`, which is what the
+A record is a JSON object with `format` ("quantkit-record"), `version`, `kind` ("estimate", "perplexity",
+"measure" or "bench"), `created` (UTC), `quantkit` (its version), `environment`, and `body`, which is what the
 command of that kind prints with `--json`. Reports read records and nothing else.
 """
 
@@ -22,7 +22,7 @@ from quantkit.errors import OutputError, RecordError
 
 FORMAT = "quantkit-record"
 VERSION = 1
-KINDS = ("estimate", "perplexity", "measure")
+KINDS = ("estimate", "perplexity", "measure", "bench")
 _VERSIONED_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "gguf")
 
 

@@ -19,7 +19,8 @@ LIGHT = (
     "quantkit.formats.gguf", "quantkit.cli.main", "quantkit.cli.estimate", "quantkit.cli.inspect",
     "quantkit.cli.quantize", "quantkit.cli.eval", "quantkit.cli.generate", "quantkit.cli.report",
     "quantkit.cli.fit", "quantkit.cli.machine", "quantkit.cli.measure", "quantkit.fit", "quantkit.shard",
-    "quantkit.calibration", "quantkit.formats.hub",
+    "quantkit.calibration", "quantkit.formats.hub", "quantkit.cli.bench", "quantkit.bench.results",
+    "quantkit.bench.tables",
 )  # fmt: skip
 HEAVY = ("torch", "numpy", "pandas", "matplotlib", "gguf", "tokenizers", "transformers", "bitsandbytes")
 

@@ -163,6 +163,8 @@ def check_options(line: str) -> None:
     assert isinstance(cli, click.Group)
     command = cli.get_command(click.Context(cli), verb)
     assert command is not None, f"there is no quantkit {verb}"
+    if isinstance(command, click.Group):
+        command = command.commands[words.pop(0)]
     known = {"--help", *(option for param in command.params for option in param.opts + param.secondary_opts)}
     assert {word for word in words if word.startswith("-")} <= known, line
 

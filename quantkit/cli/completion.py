@@ -68,6 +68,9 @@ def items(known: Iterable[tuple[str, str]], incomplete: str) -> list[CompletionI
 
 def complete_names(command: click.Command, presets: bool) -> None:
     """Make what names a scheme or a model complete itself: parameters of one name alike on every command."""
+    if isinstance(command, click.Group):
+        for part in command.commands.values():
+            complete_names(part, presets)
     scheme, model = SchemeName(), ModelName(presets)
     types = {"scheme": scheme, "schemes": scheme, "model": model, "models": model, "words": model}
     for param in command.params:

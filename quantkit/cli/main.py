@@ -34,6 +34,7 @@ SECTIONS = {
     "Measure what that costs": {
         "eval": "perplexity of the original and of each precision",
         "measure": "memory that runs really take, beside the estimate",
+        "bench": "how fast this machine runs it, beside what it could do",
     },
     "Show": {
         "demo": "all of it on a small real model, in a minute or two",

@@ -48,9 +48,9 @@ def command(
 ) -> None:
     """Draw charts and tables from RECORDS, or write a page to calculate on.
 
-    RECORDS are files that `quantkit estimate`, `quantkit eval` and `quantkit measure` wrote. From them alone
-    come report.md, charts of memory over context and of perplexity against weight size, and the tables as
-    Markdown and CSV. The page of --html needs no records and no network.
+    RECORDS are files that `quantkit estimate`, `eval`, `measure` and `bench` wrote. From them alone come
+    report.md, charts of memory over context, of perplexity against weight size and of speed, and the tables
+    as Markdown and CSV. The page of --html needs no records and no network.
     """
     if out is None and html is None:
         raise click.UsageError(

@@ -42,6 +42,11 @@ class Fields:
         fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         return float(value) if fits else self._refuse(key, value, "a finite number")
 
+    def positive(self, key: str) -> float:
+        """Return a finite number above 0."""
+        value = self.number(key)
+        return value if value > 0 else float(self._refuse(key, value, "above 0"))
+
     def number_or_none(self, key: str) -> float | None:
         """Return a finite number, or None where null or NaN stands."""
         value = self.get(key)

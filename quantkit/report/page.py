@@ -10,13 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from calculators.units import GIB, format_bytes
+from quantkit.bench import tables as bench_tables
 from quantkit.errors import OutputError
 from quantkit.records import write_bytes, write_text
 from quantkit.report import tables
+from quantkit.report.bench_charts import roofline, speedup
 from quantkit.report.measured_charts import error_map, predicted_against_measured
 from quantkit.report.memory_charts import memory_panels, memory_totals
 from quantkit.report.perplexity_chart import perplexity_by_size
-from quantkit.report.runs import EstimateRun, MeasureRun, PerplexityRun, Run, Source, display_name, read_run
+from quantkit.report.runs import (
+    BenchRun,
+    EstimateRun,
+    MeasureRun,
+    PerplexityRun,
+    Run,
+    Source,
+    display_name,
+    read_run,
+)
 from quantkit.report.style import png
 
 PAGE = "report.md"
@@ -63,6 +74,8 @@ def _section(run: Run, stem: str) -> tuple[Files, str]:
     """Return the files and the page's section of one run."""
     if isinstance(run, EstimateRun):
         return _estimate(run, stem)
+    if isinstance(run, BenchRun):
+        return _bench(run, stem)
     return _measured(run, stem) if isinstance(run, MeasureRun) else _perplexity(run, stem)
 
 
@@ -164,6 +177,31 @@ def _measured(run: MeasureRun, stem: str) -> tuple[Files, str]:
     return files, "\n".join(section)
 
 
+def _bench(run: BenchRun, stem: str) -> tuple[Files, str]:
+    """Return the files and the page's section of a benchmark."""
+    found, name = run.bench, _inline(display_name(run.model))
+    files: Files = {}
+    section = [f"## Speed: {name}\n", _facts(dict(bench_tables.machine(found)))]
+    if found.quick:
+        section.append(f"{bench_tables.QUICK}\n")
+    if found.cells:
+        files[f"{stem}-roofline.png"] = png(roofline(found))
+        files[f"{stem}-speedup.png"] = png(speedup(found))
+        files[f"{stem}.csv"] = tables.csv(tables.kernels(run))
+        section += [
+            f"![GFLOP/s over arithmetic intensity, a line for each scheme: {name}]({stem}-roofline.png)\n",
+            f"![Speed-up over torch in bfloat16 by rows, a line for each scheme: {name}]({stem}-speedup.png)\n",
+            "Share of the read bandwidth at one row:\n",
+            tables.markdown(*bench_tables.shares(found)),
+            f"{bench_tables.about_kernels(found)}:\n",
+            tables.markdown(*bench_tables.kernels(found)),
+            f"Every matrix: [{stem}.csv]({stem}.csv), in seconds.\n",
+        ]
+    if found.models:
+        section += [f"{bench_tables.about_models(found)}:\n", tables.markdown(*bench_tables.models(found))]
+    return files, "\n".join(section)
+
+
 def _facts(facts: Mapping[str, Any]) -> str:
     return "".join(
         f"- {_inline(key.replace('_', ' '))}: {_inline(_said(value))}\n" for key, value in facts.items()
@@ -199,7 +237,7 @@ def _provenance(source: Source, out: Path) -> str:
 
 def _stem(run: Run, taken: set[str]) -> str:
     """Return the start of a run's file names, which no other run has, and note it as taken."""
-    kinds = {EstimateRun: "estimate", PerplexityRun: "perplexity", MeasureRun: "measured"}
+    kinds = {EstimateRun: "estimate", PerplexityRun: "perplexity", MeasureRun: "measured", BenchRun: "bench"}
     kind = "traced" if isinstance(run, MeasureRun) and run.traced else kinds[type(run)]
     model = re.sub(r"[^a-z0-9.]+", "-", display_name(run.model).lower()).strip("-.") or "model"
     base = stem = f"{model}-{kind}"

@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
+from quantkit.bench.results import Bench
 from quantkit.errors import RecordError
 from quantkit.records import read_record
+from quantkit.report.bench_run import read_bench
 from quantkit.report.fields import Fields
 
 QUANTITIES = ("allocated_bytes", "reserved_bytes", "device_bytes", "other_bytes")
@@ -192,7 +194,20 @@ class MeasureRun:
         return tuple(name for name in QUANTITIES if all(name in cell.measured for cell in self.cells))
 
 
-Run = EstimateRun | PerplexityRun | MeasureRun
+@dataclass(frozen=True)
+class BenchRun:
+    """A record of kind `bench`."""
+
+    source: Source
+    bench: Bench
+
+    @property
+    def model(self) -> str:
+        """The model whose shapes the kernels had."""
+        return self.bench.shapes
+
+
+Run = EstimateRun | PerplexityRun | MeasureRun | BenchRun
 
 
 def display_name(model: str) -> str:
@@ -210,6 +225,8 @@ def read_run(path: Path) -> Run:
     header = Fields(path, "", record.__dict__)
     source = Source(path, header.text("created"), header.text("quantkit"), header.mapping("environment"))
     body = Fields(path, "body.", header.mapping("body"))
+    if record.kind == "bench":
+        return BenchRun(source, read_bench(body))
     if record.kind == "estimate":
         return _estimate_run(source, body)
     return _perplexity_run(source, body) if record.kind == "perplexity" else _measure_run(source, body)

@@ -14,6 +14,7 @@ from calculators.units import format_bytes, format_gib, format_tokens
 from quantkit.report.errors import BARS, errors
 from quantkit.report.runs import (
     COMPONENTS,
+    BenchRun,
     Estimate,
     EstimateRun,
     MeasureRun,
@@ -109,6 +110,23 @@ def measured(run: MeasureRun) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=[*names, "quantity", "found_bytes", "estimated_bytes"])
     frame["error"] = frame["estimated_bytes"] / frame["found_bytes"] - 1
     return frame
+
+
+def kernels(run: BenchRun) -> pd.DataFrame:
+    """Return one row a scheme, matrix, number of rows and contender: its median seconds, and the speed-up over it."""
+    names = ["scheme", "matrix", "n", "k", "m", "weight_bytes", "rounds"]
+    rows = [
+        [
+            *(getattr(cell, name) for name in names),
+            contender,
+            taken,
+            cell.speedups.get(contender),
+            cell.roof_shares.get(contender),
+        ]
+        for cell in run.bench.cells
+        for contender, taken in cell.seconds.items()
+    ]
+    return pd.DataFrame(rows, columns=[*names, "contender", "seconds", "speedup", "roof_share"])
 
 
 def errors_markdown(run: MeasureRun) -> str:

@@ -10,6 +10,7 @@ from quantkit.cli.main import cli
 from tests.paths import ROOT
 
 NAMES = [
+    "bench",
     "completion",
     "demo",
     "estimate",

@@ -226,7 +226,9 @@ def test_every_command_can_be_quiet_and_says_how_it_is_used() -> None:
     for name in COMMANDS:
         command = cli.get_command(click.Context(cli), name)
         assert command is not None
-        assert name == "completion" or any("--quiet" in param.opts for param in command.params), name
+        parts = list(command.commands.values()) if isinstance(command, click.Group) else [command]
+        for part in parts:
+            assert name == "completion" or any("--quiet" in param.opts for param in part.params), name
         assert command.help
         assert "Examples:" in command.help, name
         for line in command.help.split("Examples:\n")[1].splitlines():

@@ -101,7 +101,7 @@ class Arena:
             size = max(self._CHUNK, nbytes) + _HUGE_PAGE
             whole = torch.empty(size, dtype=torch.uint8)
             self._chunk = whole[-whole.data_ptr() % _HUGE_PAGE :]
-            require().prefer_huge_pages(self._chunk)
+            require().advise_huge_pages(self._chunk, True)
         taken = self._chunk[:nbytes]
         self._chunk = self._chunk[-(-nbytes // 64) * 64 :]
         return taken

@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 
+void bind_memory(nanobind::module_& module);
 void bind_isa(nanobind::module_& module);
 void bind_linear(nanobind::module_& module);
 void bind_decode(nanobind::module_& module);

@@ -4,9 +4,6 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -43,17 +40,6 @@ Layout make_layout(const std::string& kind_name, int64_t rows, int64_t cols, int
     if (scale == Type::nested && kind != Kind::nf4) throw std::invalid_argument("scale: only NF4's are nested");
     if (zeros && kind != Kind::int4) throw std::invalid_argument("zeros: only int4 has zero points");
     return Layout(kind, rows, cols, group, scale, zeros);
-}
-
-// A request, to be made before the memory is touched.
-void prefer_huge_pages(const Array& buffer) {
-    check(buffer, "buffer", {nb::dtype<uint8_t>()});
-#ifdef MADV_HUGEPAGE
-    const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-    const auto start = reinterpret_cast<std::uintptr_t>(buffer.data());
-    const auto first = (start + page - 1) / page * page, last = (start + buffer.size()) / page * page;
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
 }
 
 void pack_matrix(const Layout& l, const Array& codes, const Array& scales, const std::optional<Array>& zeros,
@@ -155,7 +141,6 @@ void bind_linear(nb::module_& module) {
                nb::arg("zeros").noconvert().none(), nb::arg("nested_scales").noconvert().none(),
                nb::arg("nested_offset"), nb::arg("map").noconvert().none(), nb::arg("out").noconvert(),
                nb::arg("threads"));
-    module.def("prefer_huge_pages", &prefer_huge_pages, nb::arg("buffer").noconvert());
     module.def("multiply_plain", &multiply_plain, nb::arg("weight").noconvert(), nb::arg("x").noconvert(),
                nb::arg("out").noconvert(), nb::arg("bias").noconvert().none(), nb::arg("threads"));
     module.def("multiply", &multiply, nb::arg("layout"), nb::arg("weight").noconvert(), nb::arg("x").noconvert(),

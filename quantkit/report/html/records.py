@@ -11,7 +11,7 @@ from quantkit.report.style import look
 
 
 def record_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return a chart of each perplexity record and of each measured one, as JSON values; estimates have none."""
+    """Return a chart of each perplexity record and of each measured one, as JSON values; other kinds have none."""
     charts = []
     for index, run in enumerate(runs):
         if isinstance(run, PerplexityRun):

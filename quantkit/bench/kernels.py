@@ -1,0 +1,220 @@
+"""The kernels on one layer's matrices, beside what else multiplies by the same weights on a CPU.
+
+M rows of x, W (N, K). Weights are random codes and scales: speed does not depend on them. Every contender has copies of
+its own, taken in turn, so that no matrix is still in a cache when it is used again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from statistics import median
+from typing import Any
+
+import torch
+
+from quantkit.bench.machine import Roof
+from quantkit.bench.random_weights import random_quantized
+from quantkit.bench.results import BF16, OURS, Cell
+from quantkit.bench.timing import Effort, alternate, paired
+from quantkit.config import ModelConfig
+from quantkit.kernels import native, reference
+from quantkit.quantize.nf4 import NF4_CODEBOOK, dequantize_scales
+from quantkit.quantize.packing import unpack_low_first
+from quantkit.schemes import QuantScheme
+from quantkit.tensor import QuantizedTensor
+
+SCHEMES = ("int8", "int4-g128", "nf4", "nf4-dq")
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+QUICK_ROWS = (1, 16)
+REFERENCE = "reference"
+_READ, _PRODUCT = "read", "product"
+_TORCH_GROUPS = (32, 64, 128, 256)  # that `_weight_int4pack_mm_for_cpu` takes
+_INNER_TILES = 2  # of its packing, which ignores it
+_BITSANDBYTES_ROWS = 32  # that its packing takes together
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to multiply by a matrix: `multiply(x, weight)` for each of its copies of the weight."""
+
+    copies: Sequence[Any]
+    multiply: Callable[[torch.Tensor, Any], torch.Tensor]
+
+    def run(self, x: torch.Tensor, turn: int) -> torch.Tensor:
+        """Return x @ W.T by the copy whose turn it is."""
+        return self.multiply(x, self.copies[turn % len(self.copies)])
+
+
+def matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Return (N, K) of one layer's matrices, those of one input as one."""
+    hidden, ffn, heads = config.hidden_size, config.intermediate_size, config.n_heads * config.head_dim
+    return {
+        "qkv": (heads + 2 * config.n_kv_heads * config.head_dim, hidden),
+        "o": (hidden, heads),
+        "gate_up": (2 * ffn, hidden),
+        "down": (hidden, ffn),
+    }
+
+
+def measure(
+    config: ModelConfig,
+    schemes: Sequence[QuantScheme],
+    rows: Sequence[int],
+    roof: Roof,
+    effort: Effort,
+    away_bytes: int,
+    progress: Callable[[int], None],
+) -> Iterator[Cell]:
+    """Yield a cell for each scheme, matrix and M.
+
+    Args:
+        config: the model whose matrices they are.
+        schemes: of the matrices.
+        rows: each M.
+        roof: what runs beside.
+        effort: how many rounds.
+        away_bytes: what the copies of a matrix take together at least.
+        progress: is told of each cell.
+
+    Raises:
+        BackendError: the CPU kernels are not built, or cannot take a matrix.
+    """
+    for scheme in schemes:
+        for matrix, shape in matrices(config).items():
+            weight = random_quantized(shape, scheme)
+            beside = contenders(weight, away_bytes)
+            for m in rows:
+                x = torch.randn(m, shape[1]).bfloat16()
+                yield _cell(matrix, x, weight, beside, roof, effort)
+                progress(1)
+
+
+def _cell(
+    matrix: str,
+    x: torch.Tensor,
+    weight: QuantizedTensor,
+    beside: dict[str, Contender],
+    roof: Roof,
+    effort: Effort,
+) -> Cell:
+    read_bytes = roof.memory.readable(weight.nbytes)
+    runs: dict[str, Callable[[int], object]] = {
+        OURS: partial(beside[OURS].run, x),
+        _READ: partial(roof.memory.read, nbytes=read_bytes),  # at once after ours: no threads to wake
+        _PRODUCT: roof.product.run,
+    }
+    runs |= {name: partial(contender.run, x) for name, contender in beside.items()}
+    times = alternate(runs, effort)
+    s_per_byte = [taken / read_bytes for taken in times.pop(_READ)]
+    s_per_flop = [taken / roof.product.flops for taken in times.pop(_PRODUCT)]
+    n, k = weight.shape
+
+    def roof_share(name: str, weight_bytes: int) -> float:
+        costs = zip(s_per_byte, s_per_flop, strict=True)
+        return paired(
+            [max(weight_bytes * byte, 2 * len(x) * n * k * flop) for byte, flop in costs], times[name]
+        )
+
+    return Cell(
+        scheme=weight.scheme.name,
+        matrix=matrix,
+        n=n,
+        k=k,
+        m=len(x),
+        weight_bytes=weight.nbytes,
+        rounds=len(times[OURS]),
+        seconds={name: median(taken) for name, taken in times.items()},
+        speedups={name: paired(taken, times[OURS]) for name, taken in times.items() if name != OURS},
+        roof_shares={OURS: roof_share(OURS, weight.nbytes), BF16: roof_share(BF16, 2 * n * k)},
+    )
+
+
+def contenders(weight: QuantizedTensor, away_bytes: int) -> dict[str, Contender]:
+    """Return quantkit's kernel and all that can multiply by the same codes and scales here.
+
+    Args:
+        weight: the matrix.
+        away_bytes: what each one's copies take together at least, so that none stays in a cache.
+    """
+    plain = reference.dequantize(weight, torch.bfloat16)
+    found = {
+        OURS: _rotating(lambda: native.pack([weight]), away_bytes, native.linear),
+        BF16: _rotating(plain.clone, away_bytes, torch.nn.functional.linear),
+        REFERENCE: _rotating(lambda: _copy(weight), away_bytes, reference.linear),
+    }
+    scheme, cols = weight.scheme, weight.shape[1]
+    if scheme.method == "nf4" and find_spec("bitsandbytes"):
+        found["bitsandbytes"] = _bitsandbytes(weight, away_bytes)
+    if scheme.method == "int" and scheme.symmetric:
+        if scheme.bits == 8 and hasattr(torch.ops.aten, "_weight_int8pack_mm"):
+            found["torch int8pack"] = _torch_int8(weight, away_bytes)
+        whole = scheme.group in _TORCH_GROUPS and cols % scheme.group == 0
+        if scheme.bits == 4 and whole and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+            found["torch int4pack"] = _torch_int4(weight, away_bytes)
+    return found
+
+
+def _rotating(
+    make: Callable[[], Any], away_bytes: int, multiply: Callable[[torch.Tensor, Any], torch.Tensor]
+) -> Contender:
+    """Return a contender with as many copies of a weight as it takes; a weight knows its bytes."""
+    first = make()
+    count = max(2, -(-away_bytes // first.nbytes))
+    return Contender([first, *(make() for _ in range(count - 1))], multiply)
+
+
+def _copy(weight: QuantizedTensor) -> QuantizedTensor:
+    parts = {name: part.clone() for name, part in weight.parts().items()}
+    return QuantizedTensor(weight.scheme, weight.shape, **parts)
+
+
+def _torch_int8(weight: QuantizedTensor, away_bytes: int) -> Contender:
+    codes = (weight.codes ^ 0x80).view(torch.int8)  # from offset binary
+    scales = weight.scales.view(-1)
+
+    def multiply(x: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten._weight_int8pack_mm(x, copy, scales)
+
+    return _rotating(codes.clone, away_bytes, multiply)
+
+
+def _torch_int4(weight: QuantizedTensor, away_bytes: int) -> Contender:
+    group = weight.scheme.group
+    codes = unpack_low_first(weight.codes, weight.shape[1]).int()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, _INNER_TILES)
+    scales = weight.scales.T.contiguous()  # (K / group, N)
+    scales_and_zeros = torch.stack((scales, torch.zeros_like(scales)), dim=-1)
+
+    def multiply(x: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, copy, group, scales_and_zeros)
+
+    return _rotating(packed.clone, away_bytes, multiply)
+
+
+def _bitsandbytes(weight: QuantizedTensor, away_bytes: int) -> Contender:
+    """Return its NF4 as its Linear4bit runs it on a CPU: repacked where there is a kernel for that."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of packages that it could use, too
+    import bitsandbytes
+    from bitsandbytes import functional
+
+    rows, cols = weight.shape
+    state = functional.QuantState(
+        absmax=dequantize_scales(weight, 0, rows * cols // weight.scheme.group),
+        shape=torch.Size(weight.shape),
+        code=torch.tensor(NF4_CODEBOOK),
+        blocksize=weight.scheme.group,
+        quant_type="nf4",
+        dtype=torch.bfloat16,
+    )
+    codes = weight.codes.view(-1, 1)
+    if functional.has_avx512bf16() and rows % _BITSANDBYTES_ROWS == 0 and cols % weight.scheme.group == 0:
+        codes, state = functional._convert_weight_packed_for_cpu(codes, state)
+
+    def multiply(x: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+        return bitsandbytes.matmul_4bit(x, copy, state)
+
+    return _rotating(codes.clone, away_bytes, multiply)
