@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from quantkit.errors import SchemeError
+from quantkit.quantize import native
 from quantkit.quantize.integer import quantize_integer
 from quantkit.quantize.nf4 import quantize_nf4
 from quantkit.schemes import QuantScheme
@@ -29,6 +30,8 @@ def quantize(weight: torch.Tensor, scheme: QuantScheme, scale_dtype: torch.dtype
         raise SchemeError(
             f"only a matrix with elements can be quantized, not a tensor of shape {tuple(weight.shape)}"
         )
+    if native.handles(weight):
+        return native.quantize(weight, scheme, scale_dtype)
     if scheme.method == "nf4":
         return quantize_nf4(weight, scheme)
     return quantize_integer(weight, scheme, scale_dtype)

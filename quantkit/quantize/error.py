@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from quantkit.kernels.reference import dequantize
+from quantkit.quantize import native
 from quantkit.quantize.nf4 import dequantize_scales
 from quantkit.quantize.packing import ZEROS_PER_WORD
 from quantkit.schemes import nf4_scheme
@@ -23,14 +24,23 @@ def sqnr_db(weight: torch.Tensor, stored: torch.Tensor | QuantizedTensor) -> flo
         weight: the original, any float dtype.
         stored: the same shape, cast or quantized.
     """
+    if isinstance(stored, QuantizedTensor) and native.handles(weight):
+        signal, noise = native.squares(weight, stored)
+    else:
+        signal, noise = squares(weight, stored)
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def squares(weight: torch.Tensor, stored: torch.Tensor | QuantizedTensor) -> tuple[float, float]:
+    """Return sum w**2 and sum (w - restored)**2, in float64."""
     signal = noise = 0.0
     for original, restored in _chunks(weight, stored):
         exact = original.double()
         signal += exact.square().sum().item()
         noise += exact.sub_(restored).square_().sum().item()
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    return signal, noise
 
 
 def _chunks(

@@ -40,13 +40,18 @@ def quantize_nf4(weight: torch.Tensor, scheme: QuantScheme) -> QuantizedTensor:
         chunk, chunk_absmax = _encode(flat[start : start + step].float(), scheme.group)
         codes[start // 2 : (start + step) // 2] = pack_high_first(chunk)
         absmax[block : block + _CHUNK_BLOCKS] = chunk_absmax
+    return with_absmax(scheme, (rows, cols), codes, absmax)
+
+
+def with_absmax(
+    scheme: QuantScheme, shape: tuple[int, int], codes: torch.Tensor, absmax: torch.Tensor
+) -> QuantizedTensor:
+    """Return packed codes with each block's float32 absmax as the scheme stores it: as it is, or quantized in turn."""
     if not scheme.nested:
-        return QuantizedTensor(scheme, (rows, cols), codes, absmax)
+        return QuantizedTensor(scheme, shape, codes, absmax)
     offset = absmax.mean()
     scales, nested_scales = _quantize_scales(absmax - offset)
-    return QuantizedTensor(
-        scheme, (rows, cols), codes, scales, nested_scales=nested_scales, nested_offset=offset
-    )
+    return QuantizedTensor(scheme, shape, codes, scales, nested_scales=nested_scales, nested_offset=offset)
 
 
 def dequantize_scales(tensor: QuantizedTensor, start: int = 0, stop: int | None = None) -> torch.Tensor:

@@ -21,6 +21,13 @@ inline nanobind::dlpack::dtype scale_dtype(Type type) {
          : type == Type::f16 ? F16 : nanobind::dtype<uint8_t>();
 }
 
+inline Kind kind_of(const std::string& name) {
+    if (name == "int8") return Kind::int8;
+    if (name == "int4") return Kind::int4;
+    if (name == "nf4") return Kind::nf4;
+    throw std::invalid_argument("kind is '" + name + "'; known are int8, int4, nf4");
+}
+
 // Throws std::invalid_argument unless `array` is C-contiguous, of one of `dtypes`, has `size` elements (-1: any) and
 // lies at a multiple of `alignment` bytes.
 inline void check(const Array& array, const char* name, std::initializer_list<nanobind::dlpack::dtype> dtypes,

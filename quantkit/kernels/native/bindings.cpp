@@ -10,4 +10,5 @@ NB_MODULE(_native, module) {
     bind_isa(module);
     bind_linear(module);
     bind_decode(module);
+    bind_quantize(module);
 }

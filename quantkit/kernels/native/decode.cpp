@@ -103,14 +103,7 @@ public:
         t.down = t.wide + s.ffn;
         t.partials = partials_.data();
         t.threads = threads;
-        switch (level) {
-#ifdef QUANTKIT_X86
-            case Isa::avx512bf16: return avx512bf16::decode(t);
-            case Isa::avx512: return avx512::decode(t);
-            case Isa::avx2: return avx2::decode(t);
-#endif
-            default: return portable::decode(t);
-        }
+        QUANTKIT_CALL(level, decode, t);
     }
 
 private:

@@ -6,8 +6,6 @@
 
 typedef int32_t vi __attribute__((vector_size(sizeof(vf))));
 
-inline vf splat(float value) { return vf{} + value; }
-
 // e**x within a few units in the last place, for x clamped to [-87, 88].
 inline vf exponential(vf x) {
     x = x < splat(-87.0f) ? splat(-87.0f) : x;

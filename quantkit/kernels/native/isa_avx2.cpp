@@ -224,6 +224,7 @@ void few(const Product& p) {
 void many(const Product& p) { tiled_by_kind<F32>(p); }
 
 #include "decode.inl"
+#include "quantize.inl"
 
 }  // namespace
 

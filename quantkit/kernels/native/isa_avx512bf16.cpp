@@ -177,6 +177,7 @@ void few(const Product& p) {
 void many(const Product& p) { p.type == Type::f32 ? tiled_by_kind<F32>(p) : tiled_by_kind<BF16>(p); }
 
 #include "decode.inl"
+#include "quantize.inl"
 
 }  // namespace
 

@@ -2,13 +2,17 @@
 #pragma once
 
 #include "decode.h"
+#include "isa.h"
 #include "layout.h"
+#include "quantize.h"
 
 #define QUANTKIT_KERNELS(ISA)            \
     namespace ISA {                      \
     void product(const Product&);        \
     void plain(const PlainProduct&);     \
     void decode(const Token&);           \
+    void quantize(const Quantization&);  \
+    Squares squares(const Quantization&);\
     }
 
 QUANTKIT_KERNELS(portable)
@@ -16,4 +20,12 @@ QUANTKIT_KERNELS(portable)
 QUANTKIT_KERNELS(avx2)
 QUANTKIT_KERNELS(avx512)
 QUANTKIT_KERNELS(avx512bf16)
+// Calls the function of one level.
+#define QUANTKIT_CALL(LEVEL, FUNCTION, ARGUMENT)                           \
+    ((LEVEL) == Isa::avx512bf16 ? avx512bf16::FUNCTION(ARGUMENT)           \
+     : (LEVEL) == Isa::avx512   ? avx512::FUNCTION(ARGUMENT)               \
+     : (LEVEL) == Isa::avx2     ? avx2::FUNCTION(ARGUMENT)                 \
+                                : portable::FUNCTION(ARGUMENT))
+#else
+#define QUANTKIT_CALL(LEVEL, FUNCTION, ARGUMENT) portable::FUNCTION(ARGUMENT)
 #endif

@@ -21,11 +21,7 @@ namespace {
 // See `Layout`; Python's `Layout` describes one matrix.
 Layout make_layout(const std::string& kind_name, int64_t rows, int64_t cols, int64_t group,
                    const std::string& scale_name, bool zeros) {
-    Kind kind;
-    if (kind_name == "int8") kind = Kind::int8;
-    else if (kind_name == "int4") kind = Kind::int4;
-    else if (kind_name == "nf4") kind = Kind::nf4;
-    else throw std::invalid_argument("kind is '" + kind_name + "'; known are int8, int4, nf4");
+    const Kind kind = kind_of(kind_name);
     Type scale;
     if (scale_name == "float32") scale = Type::f32;
     else if (scale_name == "bfloat16") scale = Type::bf16;
@@ -89,14 +85,7 @@ void multiply(const Layout& l, const Array& weight, const Array& x, const Array&
                     bias ? data<float>(*bias) : nullptr, map ? data<float>(*map) : nullptr, threads};
     const Isa level = isa();
     nb::gil_scoped_release release;
-    switch (level) {
-#ifdef QUANTKIT_X86
-        case Isa::avx512bf16: return avx512bf16::product(p);
-        case Isa::avx512: return avx512::product(p);
-        case Isa::avx2: return avx2::product(p);
-#endif
-        default: return portable::product(p);
-    }
+    QUANTKIT_CALL(level, product, p);
 }
 
 void multiply_plain(const Array& weight, const Array& x, const Array& out, const std::optional<Array>& bias,
@@ -115,14 +104,7 @@ void multiply_plain(const Array& weight, const Array& x, const Array& out, const
                          bias ? data<float>(*bias) : nullptr, threads};
     const Isa level = isa();
     nb::gil_scoped_release release;
-    switch (level) {
-#ifdef QUANTKIT_X86
-        case Isa::avx512bf16: return avx512bf16::plain(p);
-        case Isa::avx512: return avx512::plain(p);
-        case Isa::avx2: return avx2::plain(p);
-#endif
-        default: return portable::plain(p);
-    }
+    QUANTKIT_CALL(level, plain, p);
 }
 
 }  // namespace

@@ -74,6 +74,8 @@ inline float from_f16(uint16_t half) {
     return __builtin_bit_cast(float, bits);
 }
 
+inline vf splat(float value) { return vf{} + value; }
+
 inline vf load(const float* at) {
     vf value;
     std::memcpy(&value, at, sizeof(vf));
