@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +14,9 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.models.tokenizer import Tokenizer
 from quantkit.schemes import QuantScheme, plan_weights
 from quantkit.tensor import QuantizedTensor, empty_quantized
+
+if TYPE_CHECKING:
+    from quantkit.formats.checkpoint import ReadFile
 
 STD = 0.02  # of weights, so that activations stay finite
 
@@ -30,7 +34,7 @@ class RandomCheckpoint(Checkpoint):
         self.schemes = plan_weights(config, scheme)
         self.stored_bytes = 0
 
-    def read(self, spec: TensorSpec) -> torch.Tensor | QuantizedTensor:
+    def read(self, spec: TensorSpec, read_file: ReadFile | None = None) -> torch.Tensor | QuantizedTensor:
         """Return one tensor: norms are 1, the rest is random."""
         if spec.name in self.schemes:
             rows, cols = spec.shape

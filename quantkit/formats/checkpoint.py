@@ -14,10 +14,16 @@ from quantkit.errors import CheckpointError
 from quantkit.schemes import QuantScheme
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from quantkit.models.tokenizer import Tokenizer
     from quantkit.tensor import QuantizedTensor
+
+    # From an open file's descriptor, an offset and a number of bytes to uint8 memory that holds them, aligned to
+    # 64 bytes; shorter where the file ends before.
+    ReadFile = Callable[[int, int, int], torch.Tensor]
 
 
 class Checkpoint(ABC):
@@ -37,11 +43,16 @@ class Checkpoint(ABC):
     stored_bytes: int
 
     @abstractmethod
-    def read(self, spec: TensorSpec) -> torch.Tensor | QuantizedTensor:
-        """Return one tensor, mapped from the file where its layout allows.
+    def read(self, spec: TensorSpec, read_file: ReadFile | None = None) -> torch.Tensor | QuantizedTensor:
+        """Return one tensor, mapped from the file where its layout allows, or read into memory.
 
         Shape and dtype are checked when the checkpoint is opened. A tensor that the file stores
         in a block format of its own (GGUF) comes dequantized, float32.
+
+        Args:
+            spec: the tensor.
+            read_file: reads into memory, in a fraction of the time that a mapping's page faults take;
+                None maps, and so does a format whose layout on disk is not the one in memory.
         """
 
     @abstractmethod

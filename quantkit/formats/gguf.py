@@ -20,6 +20,7 @@ from quantkit.formats.gguf_header import GGUFHeader
 if TYPE_CHECKING:
     import torch
 
+    from quantkit.formats.checkpoint import ReadFile
     from quantkit.models.tokenizer import Tokenizer
 
 _PLAIN = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
@@ -83,7 +84,7 @@ class GGUFCheckpoint(Checkpoint):
                 f"{self.path}: {name} {list(tensor.shape)} has no place in a {self.config.architecture} model"
             )
 
-    def read(self, spec: TensorSpec) -> torch.Tensor:
+    def read(self, spec: TensorSpec, read_file: ReadFile | None = None) -> torch.Tensor:
         """Return a plain tensor in its own dtype, mapped where possible, any other as float32."""
         import numpy as np
         import torch

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from huggingface_hub import HfApi, SafetensorsRepoMetadata
 
+    from quantkit.formats.checkpoint import ReadFile
     from quantkit.models.tokenizer import Tokenizer
     from quantkit.tensor import QuantizedTensor
 
@@ -174,7 +175,7 @@ class HubCheckpoint(HuggingFaceCheckpoint):
         }
         return json.dumps(state).encode()
 
-    def read(self, spec: TensorSpec) -> torch.Tensor | QuantizedTensor:
+    def read(self, spec: TensorSpec, read_file: ReadFile | None = None) -> torch.Tensor | QuantizedTensor:
         self._refuse()
 
     def tokenizer(self) -> Tokenizer:

@@ -20,6 +20,7 @@ from quantkit.formats.safetensors import FLOAT_DTYPES, Entry, SafetensorsFile
 if TYPE_CHECKING:
     import torch
 
+    from quantkit.formats.checkpoint import ReadFile
     from quantkit.models.tokenizer import Tokenizer
     from quantkit.tensor import QuantizedTensor
 
@@ -101,16 +102,16 @@ class HuggingFaceCheckpoint(Checkpoint):
                     "config.json does not describe these weights"
                 )
 
-    def read(self, spec: TensorSpec) -> torch.Tensor | QuantizedTensor:
+    def read(self, spec: TensorSpec, read_file: ReadFile | None = None) -> torch.Tensor | QuantizedTensor:
+        def tensor(name: str) -> torch.Tensor:
+            return self._where[name].tensor(name, read_file)
+
         scheme = self.schemes.get(spec.name)
         if scheme is None:
-            return self._tensor(spec.name)
+            return tensor(spec.name)
         rows, cols = spec.shape
         codec = bitsandbytes if scheme.format == "bitsandbytes" else compressed_tensors
-        return codec.from_parts(spec.name, scheme, (rows, cols), self._tensor)
-
-    def _tensor(self, name: str) -> torch.Tensor:
-        return self._where[name].tensor(name)
+        return codec.from_parts(spec.name, scheme, (rows, cols), tensor)
 
     def _read_bytes(self, name: str) -> bytes:
         return self._where[name].read_bytes(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from quantkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+
+    from quantkit.formats.checkpoint import ReadFile
 
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -106,14 +109,19 @@ class SafetensorsFile:
             file.seek(entry.start)
             return file.read(entry.nbytes)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor mapped privately from the file: writing to it never reaches the disk."""
+    def tensor(self, name: str, read_file: ReadFile | None = None) -> torch.Tensor:
+        """Return a tensor mapped privately from the file, or read into memory; see `Checkpoint.read`.
+
+        Writing to it never reaches the disk.
+        """
         import torch
 
         entry = self.entries[name]
         dtype = getattr(torch, _TORCH_NAMES[entry.dtype])
         if entry.nbytes == 0:
             return torch.empty(entry.shape, dtype=dtype)
+        if read_file is not None:
+            return self._read(entry, read_file).view(dtype).view(entry.shape)
         if self._map is None:
             with self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -121,6 +129,16 @@ class SafetensorsFile:
         if entry.start % dtype.itemsize:
             data = data.clone()  # an odd neighbour before it: views need alignment
         return data.view(dtype).view(entry.shape)
+
+    def _read(self, entry: Entry, read_file: ReadFile) -> torch.Tensor:
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                data = read_file(file.fileno(), entry.start, entry.nbytes)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
+        if data.numel() < entry.nbytes:
+            raise CheckpointError(f"{self.path} has become shorter since it was opened")
+        return data
 
     def drop_pages(self) -> None:
         """Give the mapped pages back; the next access reads them again."""
@@ -170,8 +188,6 @@ class ShardWriter:
 
     def close(self) -> None:
         """Write what waited and the header, and flush to the disk."""
-        import os
-
         for name, tensor in sorted(self._late, key=lambda item: -item[1].dtype.itemsize):
             self._append(name, tensor)
         raw = json.dumps(self._header, separators=(",", ":")).encode()

@@ -11,6 +11,7 @@ import torch
 from quantkit.errors import BackendError
 from quantkit.kernels import native, reference
 from quantkit.kernels.native import Arena, PackedWeight
+from quantkit.schemes import QuantScheme
 from quantkit.tensor import QuantizedTensor
 
 BACKENDS = ("native", "reference")
@@ -45,12 +46,17 @@ def _say_once() -> None:
     )
 
 
+def repacks(scheme: QuantScheme, cols: int, backend: str) -> bool:
+    """Whether `prepare` copies matrices of `cols` columns, so that the memory they lie in may be used again."""
+    return backend == "native" and native.packs(scheme, cols)
+
+
 def prepare(weight: QuantizedTensor, backend: str, arena: Arena | None = None) -> Prepared:
     """Return a matrix as `backend` runs it; what that backend cannot take stays as it is, for the reference.
 
     Matrices of one model share an arena.
     """
-    return native.pack([weight], arena) if backend == "native" and native.fusable([weight]) else weight
+    return native.pack([weight], arena) if repacks(weight.scheme, weight.shape[1], backend) else weight
 
 
 def fuse(weights: Sequence[QuantizedTensor], backend: str, arena: Arena | None = None) -> PackedWeight | None:

@@ -1,8 +1,9 @@
-"""Checkpoint to Decoder: one tensor at a time, mapped where it can stay as it is."""
+"""Checkpoint to Decoder: one tensor at a time, mapped where it can stay as it is, else read into memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,12 +11,15 @@ from quantkit.config import TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.kernels import ops
-from quantkit.kernels.native import Arena
+from quantkit.kernels.native import Arena, Scratch
 from quantkit.models.decoder import FUSED, Decoder
 from quantkit.models.linear import Weight
 from quantkit.quantize import quantize
 from quantkit.schemes import QuantScheme
 from quantkit.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from quantkit.formats.checkpoint import ReadFile
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,10 +56,11 @@ def load(
     stored = TORCH_DTYPES[checkpoint.config.dtype]
     chosen = ops.choose_backend(backend, device)
     weights: dict[str, Weight] = {}
-    arena = Arena()
+    arena, scratch = Arena(), Scratch()
     waiting: dict[str, QuantizedTensor] = {}  # parts of what may be fused
     for spec in checkpoint.config.tensors:
-        weight = read_finite(checkpoint, spec)
+        read_file = _reader(checkpoint, spec, plan or {}, chosen, arena, scratch)
+        weight = read_finite(checkpoint, spec, read_file)
         if plan and spec.name in plan and isinstance(weight, torch.Tensor):
             weight = quantize(weight, plan[spec.name], stored)
         fused, parts = _fused(spec.name)
@@ -69,9 +74,28 @@ def load(
         if parts and spec.name == parts[-1]:
             weights |= _prepare_parts(fused, parts, waiting, chosen, arena)
             waiting = {}
+        if not waiting:
+            scratch.clear()
         if progress:
             progress(spec.elements)
     return Decoder(checkpoint.config, weights, compute, attention)
+
+
+def _reader(
+    checkpoint: Checkpoint,
+    spec: TensorSpec,
+    plan: Mapping[str, QuantScheme],
+    backend: str,
+    arena: Arena,
+    scratch: Scratch,
+) -> ReadFile | None:
+    """Return where to read a tensor to: `scratch` if it is repacked, `arena` if it stays beside such; None maps."""
+    stored = checkpoint.schemes.get(spec.name)
+    if backend != "native" or not (plan or checkpoint.schemes):
+        return None
+    if spec.name in plan or (stored and ops.repacks(stored, spec.shape[1], backend)):
+        return scratch.read_file
+    return arena.read_file if stored is None else None
 
 
 def _fused(name: str) -> tuple[str, list[str]]:
@@ -95,13 +119,15 @@ def _prepare_parts(
     return {part: ops.prepare(weight, backend, arena) for part, weight in weights.items()}
 
 
-def read_finite(checkpoint: Checkpoint, spec: TensorSpec) -> torch.Tensor | QuantizedTensor:
-    """Read a tensor and refuse NaN and infinity by name.
+def read_finite(
+    checkpoint: Checkpoint, spec: TensorSpec, read_file: ReadFile | None = None
+) -> torch.Tensor | QuantizedTensor:
+    """Read a tensor, as `Checkpoint.read` does, and refuse NaN and infinity by name.
 
     Raises:
         CheckpointError: the tensor, or the scales of a quantized one, is not finite.
     """
-    weight = checkpoint.read(spec)
+    weight = checkpoint.read(spec, read_file)
     values = weight.scales if isinstance(weight, QuantizedTensor) else weight
     if values.is_floating_point():
         low, high = torch.aminmax(values)

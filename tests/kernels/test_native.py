@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -285,6 +286,40 @@ class TestBadInput:
             ValueError, match="QUANTKIT_ISA=avx1024 cannot run here; this machine has portable"
         ):
             native.require().isa()
+
+
+class TestReadingFiles:
+    @pytest.mark.parametrize("nbytes", [0, 1, 1000, 3 << 20, (3 << 20) + 7])
+    def test_bytes_from_an_offset(self, nbytes: int, tmp_path: Path) -> None:
+        content = torch.randint(0, 256, (100 + nbytes,), dtype=torch.uint8)
+        (tmp_path / "file").write_bytes(content.numpy().tobytes())
+        with (tmp_path / "file").open("rb") as file:
+            for memory in (native.Arena(), native.Scratch()):
+                assert torch.equal(memory.read_file(file.fileno(), 50, nbytes), content[50 : 50 + nbytes])
+                assert memory.read_file(file.fileno(), 100, nbytes + 9).numel() == nbytes
+            out = torch.zeros(nbytes, dtype=torch.uint8)
+            assert native.require().read_file(file.fileno(), 100, out, 3) == nbytes
+            assert torch.equal(out, content[100:])
+
+    def test_scratch_is_used_again_after_it_was_cleared(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(bytes(range(200)))
+        scratch = native.Scratch()
+        with (tmp_path / "file").open("rb") as file:
+            for _ in range(2):
+                first, second = (scratch.read_file(file.fileno(), start, 90) for start in (0, 100))
+                assert (first[0], second[0]) == (0, 100)
+                scratch.clear()
+            assert scratch.read_file(file.fileno(), 7, 1).data_ptr() == first.data_ptr()
+            assert second.data_ptr() == first.data_ptr() + 128
+
+    def test_bad_arguments(self, tmp_path: Path) -> None:
+        read_file = native.require().read_file
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            read_file(-1, 0, torch.empty(8, dtype=torch.uint8), 1)
+        with pytest.raises(ValueError, match="out has the wrong dtype"):
+            read_file(0, 0, torch.empty(8), 1)
+        with pytest.raises(ValueError, match="offset must not"):
+            read_file(0, -1, torch.empty(8, dtype=torch.uint8), 1)
 
 
 def test_one_openmp_runtime() -> None:

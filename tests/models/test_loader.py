@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from quantkit.errors import CheckpointError
 from quantkit.estimate import weight_bytes
 from quantkit.formats.checkpoint import open_checkpoint
+from quantkit.kernels import native
 from quantkit.models.loader import TORCH_DTYPES, load
-from quantkit.schemes import SCHEMES, QuantScheme, plan_weights
+from quantkit.quantize.convert import convert
+from quantkit.schemes import SCHEMES, QuantScheme, int_scheme, plan_weights
 from quantkit.tensor import QuantizedTensor
 from tests.checkpoints import tiny_config, write_checkpoint
 
@@ -56,6 +59,35 @@ def test_weights_that_are_not_finite_are_named(value: float, tmp_path: Path) -> 
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinite"):
         load(open_checkpoint(path))
+
+
+@pytest.mark.skipif(native.extension() is None, reason="the extension is not built")
+@pytest.mark.parametrize(
+    "scheme", [SCHEMES["int4-g32"], SCHEMES["nf4-dq"], int_scheme(4, 4, True)], ids=lambda scheme: scheme.name
+)
+def test_memory_that_is_used_again_holds_nothing_of_the_model(scheme: QuantScheme, tmp_path: Path) -> None:
+    """Groups of 4 are not repacked: such matrices stay in the memory they were read into."""
+    source = write_checkpoint(tmp_path / "model", tiny_config(), dtype="bf16", seed=0)
+    convert(open_checkpoint(source), tmp_path / "out", scheme)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    read, mapped = load(checkpoint, "fp32", backend="native"), load(checkpoint, "fp32", backend="reference")
+    assert any(isinstance(weight, QuantizedTensor) for weight in read.weights.values()) == (scheme.group == 4)
+    ids = torch.arange(24)[None] % checkpoint.config.vocab_size
+    found, expected = (model.prefill(ids, model.new_cache(1, 24)) for model in (read, mapped))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.skipif(native.extension() is None, reason="the extension is not built")
+def test_a_file_that_shrinks_is_refused(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "model", tiny_config(), dtype="bf16", seed=0)
+    convert(open_checkpoint(source), tmp_path / "out", SCHEMES["nf4"])
+    checkpoint, file = open_checkpoint(tmp_path / "out"), tmp_path / "out" / "model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match="has become shorter"):
+        load(checkpoint)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
+        load(checkpoint)
 
 
 @pytest.mark.parametrize("dtype", TORCH_DTYPES)

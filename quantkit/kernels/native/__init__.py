@@ -66,16 +66,15 @@ class PackedWeight:
         return _layout_key(self.scheme, self.shape, self.scale_dtype)
 
 
-def fusable(weights: Sequence[QuantizedTensor]) -> bool:
-    """Whether matrices can be packed below each other: one K, one scheme, whole panels.
+def packs(scheme: QuantScheme, cols: int) -> bool:
+    """Whether `pack` takes matrices of `cols` columns: a group is whole blocks of 8, or a whole row."""
+    return scheme.group % _BLOCK_COLS == 0 or (scheme.method == "int" and scheme.group >= cols)
 
-    A single one can be where a group is whole blocks of 8 columns, or a whole row.
-    """
+
+def fusable(weights: Sequence[QuantizedTensor]) -> bool:
+    """Whether matrices can be packed below each other: one K, one scheme, whole panels."""
     first = weights[0]
-    whole = first.scheme.group % _BLOCK_COLS == 0 or (
-        first.scheme.method == "int" and first.scheme.group >= first.shape[1]
-    )
-    return whole and (
+    return packs(first.scheme, first.shape[1]) and (
         len(weights) == 1
         or all(
             weight.scheme == first.scheme
@@ -105,6 +104,37 @@ class Arena:
         taken = self._chunk[:nbytes]
         self._chunk = self._chunk[-(-nbytes // 64) * 64 :]
         return taken
+
+    def read_file(self, file: int, offset: int, nbytes: int) -> torch.Tensor:
+        """Return uint8 (nbytes,) from an open file's descriptor; shorter where the file ends."""
+        return read_file(file, offset, self.take(nbytes))
+
+
+class Scratch:
+    """Memory that after `clear` is used again: fresh pages cost more than to read a file into them."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._used = 0  # bytes since `clear`, those that did not fit included
+
+    def read_file(self, file: int, offset: int, nbytes: int) -> torch.Tensor:
+        """Return uint8 (nbytes,) from an open file's descriptor; shorter where the file ends."""
+        start = self._used
+        self._used += -(-nbytes // 64) * 64
+        fits = self._used <= self._buffer.numel()
+        out = self._buffer[start : start + nbytes] if fits else torch.empty(nbytes, dtype=torch.uint8)
+        return read_file(file, offset, out)
+
+    def clear(self) -> None:
+        """Give up what was read; as much fits the next time."""
+        if self._used > self._buffer.numel():
+            self._buffer = torch.empty(self._used, dtype=torch.uint8)
+        self._used = 0
+
+
+def read_file(file: int, offset: int, out: torch.Tensor) -> torch.Tensor:
+    """Fill uint8 `out` from an open file's descriptor, with torch's number of threads; return what the file had."""
+    return out[: require().read_file(file, offset, out, torch.get_num_threads())]
 
 
 def pack(weights: Sequence[QuantizedTensor], arena: Arena | None = None) -> PackedWeight:

@@ -26,6 +26,13 @@
 // Files are compiled for different instruction sets: a function emitted by one must not serve another.
 #define QUANTKIT_INLINE __attribute__((always_inline)) inline
 
+// A plain loop for several instruction sets, chosen when the module is loaded.
+#if defined(QUANTKIT_X86) && defined(__GLIBC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define QUANTKIT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define QUANTKIT_CLONES
+#endif
+
 constexpr int64_t PANEL = 16;      // rows
 constexpr int64_t BLOCK = 8;       // columns
 constexpr int64_t NESTED = 256;    // scales that share a nested scale

@@ -1,4 +1,4 @@
-// Memory itself: advice about its pages, and how fast it can be read, which is the line that a kernel that streams
+// Memory itself: advice about its pages, filling it from files, and how fast it can be read, which is the line that a kernel that streams
 // weights is held to. No single way of reading is the fastest on every machine, so there are several, and the caller
 // takes the best.
 #include <nanobind/nanobind.h>
@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -26,6 +27,7 @@ typedef uint64_t Words __attribute__((vector_size(32), may_alias));
 
 constexpr int64_t LINE = 64;        // bytes of a cache line
 constexpr int64_t STEP = 4 * LINE;  // bytes of one stream in one turn of the loop
+constexpr int64_t PIECE = 1 << 20;  // bytes of a file that a thread reads at a time
 
 struct Reader {
     const char* name;
@@ -75,10 +77,7 @@ template <int STREAMS, bool PREFETCH>
     return first[0] + first[1] + first[2] + first[3];
 }
 
-// One source for the instruction sets that matter here, chosen when the module is loaded.
-#if defined(QUANTKIT_X86) && defined(__GLIBC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-__attribute__((target_clones("avx512f", "avx2", "default")))
-#endif
+QUANTKIT_CLONES
 uint64_t sum_by(const Reader& reader, const uint8_t* start, int64_t bytes) {
     const int64_t ahead = reader.ahead;
     switch (reader.streams) {
@@ -121,6 +120,37 @@ bool advise_huge_pages(const Array& buffer, bool wanted) {
 #endif
 }
 
+// Fills `out` from byte `offset` of an open file on, by all threads; returns the bytes that the file had.
+int64_t read_file(int file, int64_t offset, const Array& out, int threads) {
+    check(out, "out", {nb::dtype<uint8_t>()});
+    check_threads(threads);
+    if (offset < 0) throw std::invalid_argument("offset must not be negative");
+    auto* to = data<uint8_t>(out);
+    const auto bytes = static_cast<int64_t>(out.size());
+    int64_t total = 0;
+    int failed = 0;
+    {
+        nb::gil_scoped_release released;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(+ : total) reduction(max : failed)
+        for (int64_t piece = 0; piece < bytes; piece += PIECE) {
+            const int64_t stop = piece + PIECE < bytes ? piece + PIECE : bytes;
+            for (int64_t at = piece; at < stop;) {
+                const ssize_t got = pread(file, to + at, stop - at, offset + at);
+                if (got < 0 && errno == EINTR) continue;
+                if (got < 0) failed = errno;
+                if (got <= 0) break;
+                at += got, total += got;
+            }
+        }
+    }
+    if (failed != 0) {
+        errno = failed;
+        PyErr_SetFromErrno(PyExc_OSError);
+        throw nb::python_error();
+    }
+    return total;
+}
+
 std::vector<std::string> names() {
     std::vector<std::string> found;
     for (const Reader& reader : READERS) found.emplace_back(reader.name);
@@ -132,5 +162,7 @@ std::vector<std::string> names() {
 void bind_memory(nb::module_& module) {
     module.def("readers", &names);
     module.def("read", &read_buffer, nb::arg("buffer").noconvert(), nb::arg("reader"), nb::arg("threads"));
+    module.def("read_file", &read_file, nb::arg("file"), nb::arg("offset"), nb::arg("out").noconvert(),
+               nb::arg("threads"));
     module.def("advise_huge_pages", &advise_huge_pages, nb::arg("buffer").noconvert(), nb::arg("wanted"));
 }

@@ -37,52 +37,107 @@ private:
     int64_t first_;
 };
 
-// Even nibbles to the lower half, odd ones to the upper.
-uint32_t split(uint32_t word) {
-    auto gather = [](uint32_t nibbles) {
-        nibbles &= 0x0f0f0f0fu;
-        nibbles = (nibbles | nibbles >> 4) & 0x00ff00ffu;
-        return (nibbles | nibbles >> 8) & 0xffffu;
-    };
-    return gather(word) | gather(word >> 4) << 16;
+template <class T>
+QUANTKIT_INLINE T even_nibbles(T word) {
+    word &= 0x0f0f0f0fu;
+    word = (word | word >> 4) & 0x00ff00ffu;
+    return (word | word >> 8) & 0xffffu;
 }
 
-void pack_words(const Layout& l, const Canonical& from, int64_t first, uint8_t* to) {
-    for (int64_t lane = 0; lane < PANEL; ++lane) {
-        const bool inside = first + lane < l.rows;
-        const int64_t row = inside ? first + lane : 0;
-        const Nibbles nibbles(l, from.codes, row);
-        uint8_t* at = to + 4 * lane;
-        for (int64_t group = 0; group < l.groups; ++group) {
-            const int64_t window = group >> l.repeat_bits;
-            const int64_t begin = window * l.window;
-            int64_t start = begin, stop = begin + l.window < l.cols ? begin + l.window : l.cols;
-            if (l.ragged) {  // the flat block that the window begins in, then the one after it
-                const int64_t edge = ((row * l.cols + begin) / l.group + 1) * l.group - row * l.cols;
-                if (group % 2 == 0) stop = edge < stop ? edge : stop;
-                else start = edge < stop ? edge : stop;
-            }
-            if (!inside) start = stop;
-            for (int64_t column = begin; column < begin + l.width(window); column += BLOCK, at += 4 * PANEL) {
-                const uint32_t word = split(nibbles.word(column, start, stop));
-                std::memcpy(at, &word, 4);
-            }
+// Even nibbles to the lower half, odd ones to the upper.
+template <class T>
+QUANTKIT_INLINE T split(T word) {
+    return even_nibbles(word) | even_nibbles(word >> 4) << 16;
+}
+
+// One lane of a panel, from `begin` on: any shape.
+void pack_lane(const Layout& l, const Canonical& from, int64_t first, int64_t lane, int64_t begin_at, uint8_t* to) {
+    const bool inside = first + lane < l.rows;
+    const int64_t row = inside ? first + lane : 0;
+    const Nibbles nibbles(l, from.codes, row);
+    uint8_t* at = to + 4 * lane;
+    for (int64_t group = 0; group < l.groups; ++group) {
+        const int64_t window = group >> l.repeat_bits;
+        const int64_t begin = window * l.window;
+        int64_t start = begin, stop = begin + l.window < l.cols ? begin + l.window : l.cols;
+        if (l.ragged) {  // the flat block that the window begins in, then the one after it
+            const int64_t edge = ((row * l.cols + begin) / l.group + 1) * l.group - row * l.cols;
+            if (group % 2 == 0) stop = edge < stop ? edge : stop;
+            else start = edge < stop ? edge : stop;
+        }
+        if (!inside) start = stop;
+        for (int64_t column = begin; column < begin + l.width(window); column += BLOCK, at += 4 * PANEL) {
+            if (column < begin_at) continue;
+            const uint32_t word = split(nibbles.word(column, start, stop));
+            std::memcpy(at, &word, 4);
         }
     }
 }
 
+typedef uint32_t Four __attribute__((vector_size(16)));
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Four{__VA_ARGS__})
+#endif
+
+// Four words of four rows each to four lanes of four blocks each.
+QUANTKIT_INLINE void transpose(const uint8_t* rows, int64_t row_bytes, uint32_t* out) {
+    Four in[4];
+    for (int row = 0; row < 4; ++row) std::memcpy(in + row, rows + row * row_bytes, sizeof(Four));
+    const Four low[] = {SHUFFLE(in[0], in[1], 0, 4, 1, 5), SHUFFLE(in[2], in[3], 0, 4, 1, 5)};
+    const Four high[] = {SHUFFLE(in[0], in[1], 2, 6, 3, 7), SHUFFLE(in[2], in[3], 2, 6, 3, 7)};
+    const Four lanes[] = {SHUFFLE(low[0], low[1], 0, 1, 4, 5), SHUFFLE(low[0], low[1], 2, 3, 6, 7),
+                          SHUFFLE(high[0], high[1], 0, 1, 4, 5), SHUFFLE(high[0], high[1], 2, 3, 6, 7)};
+    for (int word = 0; word < 4; ++word) std::memcpy(out + word * PANEL, lanes + word, sizeof(Four));
+}
+
+// All lanes of a panel at once; codes of a row are `row_bytes` apart. Returns how many of `blocks` it has packed.
+QUANTKIT_CLONES
+int64_t pack_lanes(const uint8_t* codes, int64_t row_bytes, int64_t blocks, bool nf4, uint8_t* to) {
+    constexpr int64_t MOST = 16;  // blocks that are gathered before their words are split
+    alignas(64) uint32_t words[MOST][PANEL];
+    int64_t first = 0;
+    for (; first + MOST <= blocks; first += MOST, to += sizeof words) {
+        for (int64_t lane = 0; lane < PANEL; ++lane)
+            __builtin_prefetch(codes + (PANEL + lane) * row_bytes + 4 * first);  // the next panel's
+        for (int64_t lane = 0; lane < PANEL; lane += 4)
+            for (int64_t block = 0; block < MOST; block += 4)
+                transpose(codes + lane * row_bytes + 4 * (first + block), row_bytes, &words[block][lane]);
+        uint32_t* flat = words[0];
+        for (int64_t at = 0; at < MOST * PANEL; ++at) {
+            const uint32_t word = split(flat[at]);
+            flat[at] = nf4 ? word << 16 | word >> 16 : word;  // NF4's first code is the high nibble
+        }
+        std::memcpy(to, words, sizeof words);
+    }
+    return first;
+}
+
+void pack_words(const Layout& l, const Canonical& from, int64_t first, uint8_t* to) {
+    int64_t whole = 0;  // columns of blocks that lie in every row and in one group
+    const bool nf4 = l.kind == Kind::nf4;
+    if (first + PANEL <= l.rows && !l.ragged && (!nf4 || l.cols % 2 == 0)) {
+        const int64_t row_bytes = (l.cols + 1) / 2;
+        whole = BLOCK * pack_lanes(from.codes + first * row_bytes, row_bytes, l.cols / BLOCK, nf4, to);
+    }
+    if (whole < l.padded_cols)
+        for (int64_t lane = 0; lane < PANEL; ++lane) pack_lane(l, from, first, lane, whole, to);
+}
+
 void pack_bytes(const Layout& l, const Canonical& from, int64_t first, uint8_t* to) {
     constexpr int64_t WORD = 4;
-    for (int64_t lane = 0; lane < PANEL; ++lane) {
-        const uint8_t* row = from.codes + (first + lane) * l.cols;
-        const int64_t inside = first + lane < l.rows ? l.cols : 0;
-        uint8_t* at = to + WORD * lane;
-        int64_t column = 0;
-        for (; column + WORD <= inside; column += WORD, at += WORD * PANEL) std::memcpy(at, row + column, WORD);
-        for (; column < l.padded_cols; column += WORD, at += WORD * PANEL)
+    const int64_t lanes = l.rows - first < PANEL ? l.rows - first : PANEL;
+    for (int64_t column = 0; column < l.padded_cols; column += WORD)
+        for (int64_t lane = 0; lane < PANEL; ++lane, to += WORD) {
+            const uint8_t* codes = from.codes + (first + lane) * l.cols + column;
+            if (lane < lanes && column + WORD <= l.cols) {
+                std::memcpy(to, codes, WORD);
+                continue;
+            }
             for (int64_t index = 0; index < WORD; ++index)
-                at[index] = column + index < inside ? row[column + index] : 128;
-    }
+                to[index] = lane < lanes && column + index < l.cols ? codes[index] : 128;
+        }
 }
 
 float nested_scale(const Canonical& from, const float* map, int64_t block) {
@@ -90,27 +145,35 @@ float nested_scale(const Canonical& from, const float* map, int64_t block) {
     return product + from.nested_offset;
 }
 
-void pack_scales(const Layout& l, const Canonical& from, const float* map, int64_t first, uint8_t* to) {
-    const int64_t size = l.scale_bytes, groups = l.groups;
-    for (int64_t lane = 0; lane < PANEL; ++lane) {
-        const int64_t row = first + lane;
-        for (int64_t group = 0; group < groups; ++group) {
-            uint8_t* at = to + (group * PANEL + lane) * size;
-            if (row >= l.rows) {
-                std::memset(at, 0, size);
-            } else if (l.ragged) {
-                const int64_t begin = row * l.cols + group / 2 * l.window;
-                const int64_t last = (l.rows * l.cols - 1) / l.group;  // a matrix may end before the second block
-                const int64_t next = begin / l.group + group % 2, block = next < last ? next : last;
-                float scale;
-                if (from.nested_scales != nullptr) scale = nested_scale(from, map, block);
-                else std::memcpy(&scale, from.scales + 4 * block, 4);
-                std::memcpy(at, &scale, 4);
-            } else {
-                std::memcpy(at, from.scales + (row * groups + group) * size, size);
-            }
+template <int SIZE>
+void pack_whole_scales(const Layout& l, const Canonical& from, int64_t first, uint8_t* to) {
+    const int64_t groups = l.groups;
+    for (int64_t group = 0; group < groups; ++group)
+        for (int64_t lane = 0; lane < PANEL; ++lane, to += SIZE) {
+            if (first + lane < l.rows) std::memcpy(to, from.scales + ((first + lane) * groups + group) * SIZE, SIZE);
+            else std::memset(to, 0, SIZE);
         }
-    }
+}
+
+void pack_ragged_scales(const Layout& l, const Canonical& from, const float* map, int64_t first, uint8_t* to) {
+    for (int64_t lane = 0; lane < PANEL; ++lane)
+        for (int64_t group = 0; group < l.groups; ++group) {
+            const int64_t row = first + lane;
+            const int64_t begin = row * l.cols + group / 2 * l.window;
+            const int64_t last = (l.rows * l.cols - 1) / l.group;  // a matrix may end before the second block
+            const int64_t next = begin / l.group + group % 2, block = next < last ? next : last;
+            float scale = 0;
+            if (row < l.rows && from.nested_scales != nullptr) scale = nested_scale(from, map, block);
+            else if (row < l.rows) std::memcpy(&scale, from.scales + 4 * block, 4);
+            std::memcpy(to + 4 * (group * PANEL + lane), &scale, 4);
+        }
+}
+
+void pack_scales(const Layout& l, const Canonical& from, const float* map, int64_t first, uint8_t* to) {
+    if (l.ragged) pack_ragged_scales(l, from, map, first, to);
+    else if (l.scale_bytes == 1) pack_whole_scales<1>(l, from, first, to);
+    else if (l.scale_bytes == 2) pack_whole_scales<2>(l, from, first, to);
+    else pack_whole_scales<4>(l, from, first, to);
 }
 
 void pack_zeros(const Layout& l, const Canonical& from, int64_t first, uint8_t* to) {
