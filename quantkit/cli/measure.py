@@ -196,10 +196,8 @@ def _trace(config: ModelConfig, cells: Sequence[Cell], attention: str) -> dict[s
 
 def _path(attention: str) -> dict[str, Any]:
     """Return the code path that ran."""
-    from quantkit.kernels.ops import choose_backend
-
     return {
-        "backend": choose_backend(device="cuda"),
+        "backend": "reference",  # what the estimate describes, so what is traced and measured
         "attention": attention,
         "cuda_graphs": False,
         "expandable_segments": False,

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 
 from quantkit.errors import BackendError
-from quantkit.kernels import native, reference
+from quantkit.kernels import native, reference, triton
 from quantkit.kernels.native import Arena, PackedWeight
+from quantkit.kernels.triton import TiledWeight
 from quantkit.schemes import QuantScheme
 from quantkit.tensor import QuantizedTensor
 
-BACKENDS = ("native", "reference")
+BACKENDS = ("triton", "native", "reference")
+OLDEST_CAPABILITY = (7, 5)  # of a GPU that Triton's kernels run on
 
-Prepared = QuantizedTensor | PackedWeight
+Prepared = QuantizedTensor | PackedWeight | TiledWeight
 
 
 def choose_backend(name: str = "auto", device: torch.device | str = "cpu") -> str:
@@ -25,29 +28,59 @@ def choose_backend(name: str = "auto", device: torch.device | str = "cpu") -> st
     Raises:
         BackendError: the backend is unknown, or cannot run there.
     """
-    on_cpu = torch.device(device).type == "cpu"
+    device = torch.device(device)
     if name == "auto":
-        if on_cpu and native.extension() is None:
-            _say_once()
-        return "native" if on_cpu and native.extension() is not None else "reference"
+        return _fastest(device)
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}; known are auto, {', '.join(BACKENDS)}")
     if name == "native":
-        if not on_cpu:
+        if device.type != "cpu":
             raise BackendError(f"the native backend runs on a CPU, not on {device}")
         native.require()
+    if name == "triton":
+        lacking = _triton_lacks(device)
+        if lacking:
+            raise BackendError(f"the triton backend cannot run on {device}: {lacking}")
     return name
 
 
+def _fastest(device: torch.device) -> str:
+    if device.type == "cpu":
+        if native.extension() is not None:
+            return "native"
+        _say_once(
+            "The CPU kernels are not built: the slow reference runs. Install quantkit where there is a C++ compiler."
+        )
+    if device.type == "cuda":
+        lacking = _triton_lacks(device)
+        if lacking is None:
+            return "triton"
+        _say_once(f"The CUDA kernels cannot run on {device}, so the slow reference does: {lacking}.")
+    return "reference"
+
+
+def _triton_lacks(device: torch.device) -> str | None:
+    """Return why Triton's kernels cannot run on a device, None where they can."""
+    if device.type != "cuda":
+        return "it needs a CUDA GPU"
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is visible to PyTorch"
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        found, oldest = (".".join(map(str, each)) for each in (capability, OLDEST_CAPABILITY))
+        return f"its compute capability is {found}, and the kernels need {oldest}"
+    return None
+
+
 @lru_cache
-def _say_once() -> None:
-    logging.getLogger("quantkit").warning(
-        "The CPU kernels are not built: the slow reference runs. Install quantkit where there is a C++ compiler."
-    )
+def _say_once(line: str) -> None:
+    logging.getLogger("quantkit").warning(line)
 
 
 def repacks(scheme: QuantScheme, cols: int, backend: str) -> bool:
-    """Whether `prepare` copies matrices of `cols` columns, so that the memory they lie in may be used again."""
+    """Whether the memory that matrices of `cols` columns lie in may be used again once they went through `prepare`."""
     return backend == "native" and native.packs(scheme, cols)
 
 
@@ -56,11 +89,15 @@ def prepare(weight: QuantizedTensor, backend: str, arena: Arena | None = None) -
 
     Matrices of one model share an arena.
     """
+    if backend == "triton" and triton.packs(weight.scheme, weight.shape):
+        return triton.pack([weight])
     return native.pack([weight], arena) if repacks(weight.scheme, weight.shape[1], backend) else weight
 
 
-def fuse(weights: Sequence[QuantizedTensor], backend: str, arena: Arena | None = None) -> PackedWeight | None:
+def fuse(weights: Sequence[QuantizedTensor], backend: str, arena: Arena | None = None) -> Prepared | None:
     """Return matrices of one K as one below the other, None where `backend` cannot."""
+    if backend == "triton" and triton.fusable(weights):
+        return triton.pack(weights)
     return native.pack(weights, arena) if backend == "native" and native.fusable(weights) else None
 
 
@@ -78,6 +115,8 @@ def linear(x: torch.Tensor, weight: Prepared, bias: torch.Tensor | None = None) 
         raise BackendError(f"x is on {x.device}, the matrix on {weight.device}; move one of them")
     if isinstance(weight, PackedWeight):
         return native.linear(x, weight, bias)
+    if isinstance(weight, TiledWeight):
+        return triton.linear(x, weight, bias)
     return reference.linear(x, weight, bias)
 
 

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.kernels import ops
-from quantkit.kernels.native import PackedWeight
-from quantkit.tensor import QuantizedTensor
 
-Weight = torch.Tensor | QuantizedTensor | PackedWeight
+Weight = torch.Tensor | ops.Prepared
 
 
 @dataclass(frozen=True)

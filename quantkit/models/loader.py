@@ -43,7 +43,7 @@ def load(
         device: where the weights go.
         attention: as Decoder has it.
         progress: called with the number of elements after each tensor.
-        backend: what runs quantized matrices, which are repacked for it: `native`, `reference` or `auto`.
+        backend: what runs quantized matrices, which are repacked for it: a name of `ops.BACKENDS` or `auto`.
 
     Raises:
         BackendError: the backend cannot run on that device.

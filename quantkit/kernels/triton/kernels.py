@@ -1,0 +1,264 @@
+"""The kernels themselves, for CUDA and for Triton's interpreter. Importing this imports Triton.
+
+M rows of x, N rows of the matrix, K columns. Along K the matrix is cut into tiles of `TILE` words, each word holding
+PER = 32 / BITS codes; `quantkit/kernels/triton/__init__.py` draws one. What one mask takes out of all words of a tile
+are TILE neighbouring columns, so they meet TILE neighbours of x and share a scale where TILE divides the group.
+
+An integer code becomes a float32 without a conversion instruction: its bits are laid into the mantissa of a power of
+two, which is subtracted together with the zero point. All of that is exact. The bits of the power come as an argument,
+`POWER`: a mask and a value in a register make one instruction, where two constants would make two.
+
+A code of NF4 indexes the codebook in global memory: 64 bytes, a line that stays in L1, where lanes that want the same
+entry share one access. Selecting among 16 constants would take 15 instructions a weight.
+
+Nothing depends on the order in which programs run: where K is split, sums go to a workspace, and `sum_kernel` adds
+them in the order of K.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quantkit.kernels.triton.layout import TILE
+from quantkit.schemes import NESTED_GROUP
+
+_TILE = tl.constexpr(TILE)
+_NESTED_GROUP = tl.constexpr(NESTED_GROUP)
+POWER = (127 + 23) << 23  # bits of the float32 2**23
+
+
+@triton.jit
+def _values(
+    words: tl.tensor, i: tl.constexpr, zero: tl.tensor, codebook: tl.tensor, power: tl.tensor,
+    BITS: tl.constexpr, NF4: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return code i of each word: less its zero point in float32, or as the codebook has it."""
+    if NF4:
+        found = tl.load(codebook + ((words >> (BITS * i)) & ((1 << BITS) - 1)))
+    else:
+        MANTISSA: tl.constexpr = 23  # bits
+        WITHOUT_SHIFT: tl.constexpr = MANTISSA // BITS  # so many codes lie in the mantissa's bits as they are
+        PLACE: tl.constexpr = BITS * (i % WITHOUT_SHIFT)
+        SHIFT: tl.constexpr = BITS * (i // WITHOUT_SHIFT) * WITHOUT_SHIFT
+        code = (words >> SHIFT) & (((1 << BITS) - 1) << PLACE)
+        # the float32 2**(23 - PLACE) + code
+        raised = (code | (power - (PLACE << MANTISSA))).to(tl.float32, bitcast=True)
+        found = raised - (zero + (1 << (MANTISSA - PLACE)))
+    return found
+
+
+@triton.jit
+def _zero(
+    zeros: tl.tensor, rows: tl.tensor, group: tl.tensor, N: tl.tensor,
+    BITS: tl.constexpr, ZEROS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return the zero points of `rows` in a group: float32 of their shape, one constant where symmetric."""
+    if ZEROS:
+        words = tl.load(zeros + group * ((N + 7) // 8) + rows // 8)
+        zero = ((words >> (4 * (rows % 8))) & 15).to(tl.float32)
+    else:
+        zero = 1 << (BITS - 1)
+    return zero
+
+
+@triton.jit
+def _scale(
+    scales: tl.tensor, nested: tl.tensor, offset: tl.tensor, dynamic_map: tl.tensor, at: tl.tensor,
+    block: tl.tensor,
+    NESTED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return the scales at `at` in float32; `block` is their index among the blocks of the flat matrix."""
+    if NESTED:
+        centred = tl.load(dynamic_map + tl.load(scales + at).to(tl.int32))
+        scale = centred * tl.load(nested + block // _NESTED_GROUP) + tl.load(offset)
+    else:
+        scale = tl.load(scales + at).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def _group_scale(
+    scales: tl.tensor, nested: tl.tensor, offset: tl.tensor, dynamic_map: tl.tensor, rows: tl.tensor,
+    columns: tl.tensor, group: tl.tensor, N: tl.tensor, K: tl.tensor,
+    GROUP: tl.constexpr, FLAT: tl.constexpr, NESTED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return the scales of `rows` (n, 1) in a group, or, where blocks run across rows, of each of `columns` (1, k)."""
+    if FLAT:
+        block = tl.minimum(rows * K + columns, N * K - 1) // GROUP
+        scale = _scale(scales, nested, offset, dynamic_map, block, block, NESTED)
+    else:
+        block = rows * (K // GROUP) + group
+        scale = _scale(scales, nested, offset, dynamic_map, group * N + rows, block, NESTED)
+    return scale
+
+
+@triton.jit
+def vector_kernel(
+    x: tl.tensor, codes: tl.tensor, scales: tl.tensor, zeros: tl.tensor, nested: tl.tensor,
+    offset: tl.tensor, codebook: tl.tensor, dynamic_map: tl.tensor, power: tl.tensor, bias: tl.tensor,
+    out: tl.tensor, N: tl.tensor, K: tl.tensor, tiles: tl.tensor,
+    BITS: tl.constexpr, NF4: tl.constexpr, ZEROS: tl.constexpr, NESTED: tl.constexpr, GROUP: tl.constexpr,
+    FLAT: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
+    SPLIT_TILES: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
+) -> None:  # fmt: skip
+    """Multiply x (K,) by BLOCK_N rows over SPLIT_TILES tiles: out (splits, N). Program (row block, split).
+
+    GROUP is 0 where a row has one scale, SPANS the masks that share a scale; FLAT blocks run across rows.
+    SPLIT_TILES is a multiple of UNROLL. EVEN says that K is whole splits; if not, x counts as 0 beyond its end.
+    """
+    PER: tl.constexpr = 32 // BITS
+    split = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = tl.minimum(rows, N - 1)[:, None]  # rows beyond N are computed as the last, and not stored
+    words_at = tl.arange(0, _TILE)
+    sums = tl.zeros((BLOCK_N, _TILE), tl.float32)
+    for first in range(0, SPLIT_TILES, UNROLL):
+        for u in tl.static_range(UNROLL):
+            tile = split * SPLIT_TILES + first + u
+            there = tile if EVEN else tl.minimum(tile, tiles - 1)
+            words = tl.load(codes + (there * N + inside) * _TILE + words_at[None, :])
+            for span in tl.static_range(PER // SPANS):
+                column = (tile * PER + span * SPANS) * _TILE
+                group = 0
+                if GROUP > 0:
+                    group = (column if EVEN else tl.minimum(column, K - 1)) // GROUP
+                zero = _zero(zeros, inside, group, N, BITS, ZEROS)
+                part = tl.zeros((BLOCK_N, _TILE), tl.float32)
+                for i in tl.static_range(span * SPANS, (span + 1) * SPANS):
+                    columns = (tile * PER + i) * _TILE + words_at
+                    if EVEN:
+                        x_i = tl.load(x + columns).to(tl.float32)
+                    else:
+                        x_i = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
+                    part += _values(words, i, zero, codebook, power, BITS, NF4) * x_i[None, :]
+                if GROUP > 0:
+                    columns = column + words_at[None, :]
+                    part *= _group_scale(
+                        scales, nested, offset, dynamic_map, inside, columns, group, N, K, GROUP, FLAT, NESTED
+                    )
+                sums += part
+    total = tl.sum(sums, axis=1)
+    if GROUP == 0:
+        total *= tl.load(scales + tl.minimum(rows, N - 1)).to(tl.float32)
+    if BIAS:
+        total += tl.load(bias + tl.minimum(rows, N - 1)).to(tl.float32)
+    tl.store(out + split * N + rows, total, mask=rows < N)
+
+
+@triton.jit
+def batch_kernel(
+    x: tl.tensor, codes: tl.tensor, scales: tl.tensor, zeros: tl.tensor, nested: tl.tensor,
+    offset: tl.tensor, codebook: tl.tensor, dynamic_map: tl.tensor, power: tl.tensor, bias: tl.tensor,
+    out: tl.tensor, M: tl.tensor, N: tl.tensor, K: tl.tensor, tiles: tl.tensor,
+    BITS: tl.constexpr, NF4: tl.constexpr, ZEROS: tl.constexpr, NESTED: tl.constexpr, GROUP: tl.constexpr,
+    SPANS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, INTERPRET: tl.constexpr,
+    SPLIT_TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+) -> None:  # fmt: skip
+    """Multiply all rows of x (M, K) by BLOCK_N rows over SPLIT_TILES tiles: out (splits, M, N).
+
+    Program (row block, split); BLOCK_M is M and more. The transposed product keeps the matrix in registers: unpacked
+    there, it is the left operand of the tensor cores, in x's dtype. Integers lose nothing by that, scales multiply
+    float32 sums; NF4's codebook comes rounded to x's dtype. EVEN says that K is whole splits. The interpreter has no
+    product of bfloat16: INTERPRET computes it in float32.
+    """
+    PER: tl.constexpr = 32 // BITS
+    split = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = tl.minimum(rows, N - 1)[:, None]
+    lines = tl.arange(0, BLOCK_M)[None, :]
+    words_at = tl.arange(0, _TILE)
+    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in range(SPLIT_TILES):
+        tile = split * SPLIT_TILES + step
+        there = tile if EVEN else tl.minimum(tile, tiles - 1)
+        words = tl.load(codes + (there * N + inside) * _TILE + words_at[None, :])
+        for span in tl.static_range(PER // SPANS):
+            column = (tile * PER + span * SPANS) * _TILE
+            group = 0
+            if GROUP > 0:
+                group = (column if EVEN else tl.minimum(column, K - 1)) // GROUP
+            zero = _zero(zeros, inside, group, N, BITS, ZEROS)
+            part = sums if GROUP == 0 else tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for i in tl.static_range(span * SPANS, (span + 1) * SPANS):
+                columns = (tile * PER + i) * _TILE + words_at[:, None]
+                mask = lines < M if EVEN else (lines < M) & (columns < K)
+                x_i = tl.load(x + lines * K + columns, mask=mask, other=0.0)
+                values = _values(words, i, zero, codebook, power, BITS, NF4)
+                if INTERPRET:
+                    part = tl.dot(values.to(tl.float32), x_i.to(tl.float32), part)
+                else:
+                    part = tl.dot(values.to(x_i.dtype), x_i, part)
+            if GROUP > 0:
+                scale = _group_scale(
+                    scales, nested, offset, dynamic_map, inside, 0, group, N, K, GROUP, False, NESTED
+                )
+                sums += part * scale
+            else:
+                sums = part
+    if GROUP == 0:
+        sums *= tl.load(scales + inside).to(tl.float32)
+    if BIAS:
+        sums += tl.load(bias + inside).to(tl.float32)
+    mask = (rows[:, None] < N) & (lines < M)
+    tl.store(out + (split * M + lines) * N + rows[:, None], sums, mask=mask)
+
+
+@triton.jit
+def sum_kernel(
+    parts: tl.tensor, bias: tl.tensor, out: tl.tensor, count: tl.tensor, N: tl.tensor,
+    SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """Add parts (SPLITS, M, N), `count` = M N, in their order, and the bias: out (M, N)."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < count
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in range(SPLITS):
+        total += tl.load(parts + split * count + at, mask=mask, other=0.0)
+    if BIAS:
+        total += tl.load(bias + at % N, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, total, mask=mask)
+
+
+@triton.jit
+def dequantize_kernel(
+    codes: tl.tensor, scales: tl.tensor, zeros: tl.tensor, nested: tl.tensor, offset: tl.tensor,
+    codebook: tl.tensor, dynamic_map: tl.tensor, power: tl.tensor, out: tl.tensor, N: tl.tensor,
+    K: tl.tensor,
+    BITS: tl.constexpr, NF4: tl.constexpr, ZEROS: tl.constexpr, NESTED: tl.constexpr, GROUP: tl.constexpr,
+    FLAT: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write BLOCK_N rows of one tile in out's dtype: out (N, K). Program (row block, tile)."""
+    PER: tl.constexpr = 32 // BITS
+    tile = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    inside = tl.minimum(rows, N - 1)
+    words_at = tl.arange(0, _TILE)[None, :]
+    words = tl.load(codes + (tile * N + inside) * _TILE + words_at)
+    for span in tl.static_range(PER // SPANS):
+        column = (tile * PER + span * SPANS) * _TILE
+        group = 0
+        if GROUP > 0:
+            group = (column if EVEN else tl.minimum(column, K - 1)) // GROUP
+        zero = _zero(zeros, inside, group, N, BITS, ZEROS)
+        if GROUP > 0:
+            scale = _group_scale(
+                scales,
+                nested,
+                offset,
+                dynamic_map,
+                inside,
+                column + words_at,
+                group,
+                N,
+                K,
+                GROUP,
+                FLAT,
+                NESTED,
+            )
+        else:
+            scale = tl.load(scales + inside).to(tl.float32)
+        for i in tl.static_range(span * SPANS, (span + 1) * SPANS):
+            columns = (tile * PER + i) * _TILE + words_at
+            values = _values(words, i, zero, codebook, power, BITS, NF4) * scale
+            tl.store(out + rows * K + columns, values, mask=(rows < N) & (columns < K))

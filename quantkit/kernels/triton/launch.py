@@ -1,0 +1,185 @@
+"""Which kernel runs for how many rows, and with what. Importing this imports Triton."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+
+from calculators.units import ceil_div
+from quantkit.kernels.triton import kernels
+from quantkit.kernels.triton.layout import Tiles
+from quantkit.kernels.triton.tuning import OLDEST, Tuning, tuning
+from quantkit.quantize.nf4 import NF4_CODEBOOK, dynamic_map_on
+
+INTERPRETED = not isinstance(kernels.vector_kernel, triton.JITFunction)  # TRITON_INTERPRET was set at import
+SUM_BLOCK = 512  # sums a program of `sum_kernel`
+_SMALLEST_BLOCK = 16  # rows of x that the tensor cores take
+
+
+def linear(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x @ W.T + bias for contiguous x (M, K), in x's dtype."""
+    chosen = _tuning(x.device)
+    with torch.cuda.device_of(x):
+        if x.shape[0] == 0:
+            return x.new_empty(0, matrix.rows)
+        if x.shape[0] == 1:
+            return _vector(x, matrix, bias, chosen)
+        if x.shape[0] <= chosen.batch_limit and x.dtype != torch.float32 and not matrix.flat:
+            return _batch(x, matrix, bias, chosen)
+        bias = None if bias is None else bias.to(x.dtype)
+        return torch.nn.functional.linear(x, dequantize(matrix, x.dtype), bias)
+
+
+def dequantize(matrix: Tiles, dtype: torch.dtype) -> torch.Tensor:
+    """Return the (N, K) matrix in `dtype`, computed in float32 and rounded once."""
+    chosen = _tuning(matrix.codes.device)
+    out = torch.empty(matrix.rows, matrix.cols, dtype=_stored(dtype), device=matrix.codes.device)
+    with torch.cuda.device_of(out):
+        kernels.dequantize_kernel[ceil_div(matrix.rows, chosen.dequantize_rows), matrix.codes.shape[0]](
+            *_parts(matrix, torch.float32),
+            out,
+            matrix.rows,
+            matrix.cols,
+            **dequantize_constants(matrix, chosen),
+        )
+    return out.to(dtype)
+
+
+def dequantize_constants(matrix: Tiles, chosen: Tuning) -> dict[str, Any]:
+    """Return the compile-time arguments of `dequantize_kernel`; product and sum stay apart, as in the reference."""
+    return _constants(matrix) | {
+        "FLAT": matrix.flat,
+        "EVEN": matrix.cols % matrix.tile_cols == 0,
+        "BLOCK_N": chosen.dequantize_rows,
+        "num_warps": chosen.dequantize_warps,
+        "enable_fp_fusion": False,
+    }
+
+
+def vector_constants(matrix: Tiles, chosen: Tuning) -> dict[str, Any]:
+    """Return the compile-time arguments of `vector_kernel`."""
+    split_tiles = _split_tiles(matrix, chosen.vector_rows, chosen.vector_unroll, chosen.programs)
+    return _constants(matrix) | {
+        "FLAT": matrix.flat,
+        "EVEN": matrix.cols % (matrix.tile_cols * split_tiles) == 0,
+        "SPLIT_TILES": split_tiles,
+        "BLOCK_N": chosen.vector_rows,
+        "UNROLL": chosen.vector_unroll,
+        "num_warps": chosen.vector_warps,
+    }
+
+
+def batch_constants(matrix: Tiles, chosen: Tuning, lines: int) -> dict[str, Any]:
+    """Return the compile-time arguments of `batch_kernel` for so many rows of x."""
+    split_tiles = _split_tiles(matrix, chosen.batch_rows, 1, chosen.programs)
+    return _constants(matrix) | {
+        "EVEN": matrix.cols % (matrix.tile_cols * split_tiles) == 0,
+        "INTERPRET": INTERPRETED,
+        "SPLIT_TILES": split_tiles,
+        "BLOCK_N": chosen.batch_rows,
+        "BLOCK_M": max(_SMALLEST_BLOCK, triton.next_power_of_2(lines)),
+        "num_warps": chosen.batch_warps,
+        "num_stages": chosen.batch_stages,
+    }
+
+
+def _constants(matrix: Tiles) -> dict[str, Any]:
+    return {
+        "BITS": matrix.bits,
+        "NF4": matrix.nf4,
+        "ZEROS": matrix.zeros is not None,
+        "NESTED": matrix.nested_scales is not None,
+        "GROUP": matrix.group,
+        "SPANS": matrix.spans,
+    }
+
+
+def _vector(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, chosen: Tuning) -> torch.Tensor:
+    constants = vector_constants(matrix, chosen)
+    out = _sums(x, matrix, constants["SPLIT_TILES"])
+    kernels.vector_kernel[ceil_div(matrix.rows, chosen.vector_rows), out.shape[0]](
+        x, *_parts(matrix, torch.float32), bias if out.shape[0] == 1 else None, out,
+        matrix.rows, matrix.cols, matrix.codes.shape[0],
+        BIAS=bias is not None and out.shape[0] == 1, **constants,
+    )  # fmt: skip
+    return _total(out, bias, x.dtype)
+
+
+def _batch(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, chosen: Tuning) -> torch.Tensor:
+    constants = batch_constants(matrix, chosen, x.shape[0])
+    out = _sums(x, matrix, constants["SPLIT_TILES"])
+    kernels.batch_kernel[ceil_div(matrix.rows, chosen.batch_rows), out.shape[0]](
+        x, *_parts(matrix, x.dtype), bias if out.shape[0] == 1 else None, out,
+        x.shape[0], matrix.rows, matrix.cols, matrix.codes.shape[0],
+        BIAS=bias is not None and out.shape[0] == 1, **constants,
+    )  # fmt: skip
+    return _total(out, bias, x.dtype)
+
+
+def _split_tiles(matrix: Tiles, block: int, step: int, programs: int) -> int:
+    """Return the tiles of one split, a multiple of `step`: about `programs` run, with as much to do where possible."""
+    tiles = matrix.codes.shape[0]
+    splits = ceil_div(programs, ceil_div(matrix.rows, block))
+    least = ceil_div(ceil_div(tiles, splits), step) * step
+    return next((size for size in range(least, 2 * least, step) if tiles % size == 0), least)
+
+
+def _sums(x: torch.Tensor, matrix: Tiles, split_tiles: int) -> torch.Tensor:
+    """Return (splits, M, N) of unset values: the result itself where K is not split."""
+    splits = ceil_div(matrix.codes.shape[0], split_tiles)
+    dtype = _stored(x.dtype) if splits == 1 else torch.float32
+    return torch.empty(splits, x.shape[0], matrix.rows, dtype=dtype, device=x.device)
+
+
+def _total(parts: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return (M, N): the sum of parts (splits, M, N) and the bias, which a single part has already."""
+    if parts.shape[0] == 1:
+        return parts[0].to(dtype)
+    out = torch.empty(parts.shape[1:], dtype=_stored(dtype), device=parts.device)
+    kernels.sum_kernel[(ceil_div(out.numel(), SUM_BLOCK),)](
+        parts,
+        bias,
+        out,
+        out.numel(),
+        out.shape[1],
+        SPLITS=parts.shape[0],
+        BIAS=bias is not None,
+        BLOCK=SUM_BLOCK,
+    )
+    return out.to(dtype)
+
+
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    """Return what a kernel writes: the interpreter cannot round to bfloat16, so torch does it afterwards."""
+    return torch.float32 if INTERPRETED else dtype
+
+
+def _parts(matrix: Tiles, codebook: torch.dtype) -> tuple[torch.Tensor | int | None, ...]:
+    """Return the arguments that describe a matrix, NF4's values in the dtype `codebook`."""
+    return (
+        matrix.codes,
+        matrix.scales,
+        matrix.zeros,
+        matrix.nested_scales,
+        matrix.nested_offset,
+        codebook_on(matrix.codes.device, codebook) if matrix.nf4 else None,
+        dynamic_map_on(matrix.codes.device) if matrix.nested_scales is not None else None,
+        kernels.POWER,
+    )
+
+
+@lru_cache
+def codebook_on(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return the 16 values of NF4, where they are made once."""
+    return torch.tensor(NF4_CODEBOOK).to(dtype).to(device)
+
+
+@lru_cache
+def _tuning(device: torch.device) -> Tuning:
+    if device.type != "cuda":
+        return tuning(OLDEST)
+    major, minor = torch.cuda.get_device_capability(device)
+    return tuning(10 * major + minor)

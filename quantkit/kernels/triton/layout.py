@@ -1,0 +1,159 @@
+"""The bytes of a matrix as the CUDA kernels read them. Plain torch on any device; imports no Triton.
+
+The codes are int32 (tiles, N, 16): along K the matrix is cut into tiles of 16 words, and a tile of all rows lies
+together. A word holds PER codes, the lowest bits first: 8 of int4 and NF4, 4 of int8. Code i of word j in tile t is
+column (t PER + i) 16 + j. A row of a tile of int4, 64 bytes:
+
+    word          0               1         ...        15
+    bits      31..28 ... 3..0                     31..28 ... 3..0
+    column     112   ...  0      1 ... 113         127   ...  15      of 128
+
+    thread    0: words 0..3    1: words 4..7    2: 8..11    3: 12..15, then the next row
+
+So a thread loads 16 bytes, its neighbour the next 16, a warp 8 rows; and what a thread takes from one place of its
+four words meets four neighbouring elements of x. The last tile is padded with zeros, which meet no x.
+
+Scales and zero points are transposed: what neighbouring rows have of one group lies together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from calculators.units import ceil_div
+from quantkit.quantize.packing import unpack_low_first
+from quantkit.schemes import QuantScheme
+from quantkit.tensor import QuantizedTensor
+
+TILE = 16  # words
+_WORD_BITS = 32
+_INDEX_LIMIT = 1 << 31  # kernels count elements in int32
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A quantized (N, K) matrix in the layout above.
+
+    Attributes:
+        codes: int32 (tiles, N, 16).
+        scales: (G, N), or as the checkpoint has them (blocks,) where blocks of NF4 run across rows.
+        zeros: int32 (G, ceil(N / 8)), nibble n % 8 of row n; None where symmetric.
+        nested_scales: as in QuantizedTensor.
+        nested_offset: float32 (1,); None unless double-quantized.
+        rows: N.
+        cols: K.
+        bits: of a code.
+        group: columns that share a scale, 0 where all of a row do.
+        nf4: codes index the codebook.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    nested_scales: torch.Tensor | None
+    nested_offset: torch.Tensor | None
+    rows: int
+    cols: int
+    bits: int
+    group: int
+    nf4: bool
+
+    @property
+    def tile_cols(self) -> int:
+        return tile_cols(self.bits)
+
+    @property
+    def flat(self) -> bool:
+        """Whether blocks run across rows."""
+        return self.nf4 and self.cols % self.group != 0
+
+    @property
+    def spans(self) -> int:
+        """Consecutive 16 columns of a tile that share a scale; 1 where blocks run across rows."""
+        per = self.tile_cols // TILE
+        if self.flat:
+            return 1
+        if self.group % self.tile_cols == 0:
+            return per
+        return self.group // TILE if self.tile_cols % self.group == 0 else 1
+
+
+def tile_cols(bits: int) -> int:
+    """Return the columns of a tile."""
+    return TILE * _WORD_BITS // bits
+
+
+def takes(scheme: QuantScheme, shape: tuple[int, int]) -> bool:
+    """Whether `tiles` takes a matrix: a group is whole 16 columns or a whole row, and int32 counts the elements."""
+    rows, cols = shape
+    padded = rows * ceil_div(cols, tile_cols(scheme.bits)) * tile_cols(scheme.bits)
+    return padded < _INDEX_LIMIT and (
+        scheme.group % TILE == 0 or (scheme.method == "int" and scheme.group >= cols)
+    )
+
+
+def tiles(weight: QuantizedTensor) -> Tiles:
+    """Return a matrix that `takes` accepts in this layout, on its device."""
+    (rows, cols), scheme = weight.shape, weight.scheme
+    nf4 = scheme.method == "nf4"
+    scales, zeros, group = weight.scales, weight.zeros, scheme.group
+    if not nf4:
+        scales = scales.T.contiguous()
+        group = 0 if scales.shape[0] == 1 else group
+    elif cols % group == 0:
+        scales = scales.view(rows, -1).T.contiguous()
+    offset = weight.nested_offset
+    return Tiles(
+        codes=_words(_codes(weight), scheme.bits),
+        scales=scales,
+        zeros=None if zeros is None else zeros.T.contiguous(),
+        nested_scales=weight.nested_scales,
+        nested_offset=None if offset is None else offset.reshape(1),
+        rows=rows,
+        cols=cols,
+        bits=scheme.bits,
+        group=group,
+        nf4=nf4,
+    )
+
+
+def _codes(weight: QuantizedTensor) -> torch.Tensor:
+    """Return the codes one by one: uint8 (N, K)."""
+    rows, cols = weight.shape
+    if weight.scheme.bits == 8:
+        return weight.codes
+    if weight.scheme.method == "nf4":
+        pairs = torch.stack((weight.codes >> 4, weight.codes & 0xF), dim=-1)
+        return pairs.view(-1)[: rows * cols].view(rows, cols)
+    return unpack_low_first(weight.codes, cols)
+
+
+def _words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack uint8 codes (N, K) into words (tiles, N, 16)."""
+    rows, cols = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -cols % tile_cols(bits)))
+    spans = padded.view(rows, -1, _WORD_BITS // bits, TILE).transpose(0, 1)  # (tiles, N, PER, 16)
+    words = torch.zeros(spans.shape[0], rows, TILE, dtype=torch.int32, device=codes.device)
+    for i in range(spans.shape[2]):
+        words |= spans[:, :, i].int() << (bits * i)
+    return words
+
+
+def below_each_other(parts: list[Tiles]) -> Tiles:
+    """Return matrices of one K, which `stackable` accepts, as one below the other."""
+    first = parts[0]
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return Tiles(
+        codes=torch.cat([part.codes for part in parts], dim=1),
+        scales=torch.cat([part.scales for part in parts], dim=1),
+        zeros=torch.cat(zeros, dim=1) if zeros else None,
+        nested_scales=None,
+        nested_offset=None,
+        rows=sum(part.rows for part in parts),
+        cols=first.cols,
+        bits=first.bits,
+        group=first.group,
+        nf4=first.nf4,
+    )
