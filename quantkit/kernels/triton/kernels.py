@@ -9,7 +9,9 @@ two, which is subtracted together with the zero point. All of that is exact. The
 `POWER`: a mask and a value in a register make one instruction, where two constants would make two.
 
 A code of NF4 indexes the codebook in global memory: 64 bytes, a line that stays in L1, where lanes that want the same
-entry share one access. Selecting among 16 constants would take 15 instructions a weight.
+entry share one access. Selecting among 16 constants would take 15 instructions a weight. The load is written in PTX:
+for one of its own Triton chooses a layout, and moves every operand to it through shared memory. The interpreter knows
+no PTX; INTERPRET takes the plain load.
 
 Nothing depends on the order in which programs run: where K is split, sums go to a workspace, and `sum_kernel` adds
 them in the order of K.
@@ -17,25 +19,37 @@ them in the order of K.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+from quantkit.kernels.triton import nf4_ptx
 from quantkit.kernels.triton.layout import TILE
 from quantkit.schemes import NESTED_GROUP
 
 _TILE = tl.constexpr(TILE)
 _NESTED_GROUP = tl.constexpr(NESTED_GROUP)
 POWER = (127 + 23) << 23  # bits of the float32 2**23
+_POWER = tl.constexpr(POWER)
+_NF4_BF16 = tl.constexpr(nf4_ptx.unpack(torch.bfloat16))
+_NF4_FP16 = tl.constexpr(nf4_ptx.unpack(torch.float16))
+_NF4_CONSTRAINTS = tl.constexpr(nf4_ptx.CONSTRAINTS)
 
 
 @triton.jit
 def _values(
     words: tl.tensor, i: tl.constexpr, zero: tl.tensor, codebook: tl.tensor, power: tl.tensor,
-    BITS: tl.constexpr, NF4: tl.constexpr,
+    BITS: tl.constexpr, NF4: tl.constexpr, INTERPRET: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Return code i of each word: less its zero point in float32, or as the codebook has it."""
     if NF4:
-        found = tl.load(codebook + ((words >> (BITS * i)) & ((1 << BITS) - 1)))
+        entries = codebook + ((words >> (BITS * i)) & ((1 << BITS) - 1))
+        if INTERPRET:
+            found = tl.load(entries)
+        else:
+            found = tl.inline_asm_elementwise(
+                "ld.global.nc.f32 $0, [$1];", "=f,l", [entries], dtype=tl.float32, is_pure=True, pack=1
+            )
     else:
         MANTISSA: tl.constexpr = 23  # bits
         WITHOUT_SHIFT: tl.constexpr = MANTISSA // BITS  # so many codes lie in the mantissa's bits as they are
@@ -99,12 +113,12 @@ def vector_kernel(
     offset: tl.tensor, codebook: tl.tensor, dynamic_map: tl.tensor, power: tl.tensor, bias: tl.tensor,
     out: tl.tensor, N: tl.tensor, K: tl.tensor, tiles: tl.tensor,
     BITS: tl.constexpr, NF4: tl.constexpr, ZEROS: tl.constexpr, NESTED: tl.constexpr, GROUP: tl.constexpr,
-    FLAT: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
+    SPANS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, INTERPRET: tl.constexpr,
     SPLIT_TILES: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
 ) -> None:  # fmt: skip
     """Multiply x (K,) by BLOCK_N rows over SPLIT_TILES tiles: out (splits, N). Program (row block, split).
 
-    GROUP is 0 where a row has one scale, SPANS the masks that share a scale; FLAT blocks run across rows.
+    GROUP is 0 where a row has one scale, SPANS the masks that share a scale.
     SPLIT_TILES is a multiple of UNROLL. EVEN says that K is whole splits; if not, x counts as 0 beyond its end.
     """
     PER: tl.constexpr = 32 // BITS
@@ -131,11 +145,10 @@ def vector_kernel(
                         x_i = tl.load(x + columns).to(tl.float32)
                     else:
                         x_i = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
-                    part += _values(words, i, zero, codebook, power, BITS, NF4) * x_i[None, :]
+                    part += _values(words, i, zero, codebook, power, BITS, NF4, INTERPRET) * x_i[None, :]
                 if GROUP > 0:
-                    columns = column + words_at[None, :]
                     part *= _group_scale(
-                        scales, nested, offset, dynamic_map, inside, columns, group, N, K, GROUP, FLAT, NESTED
+                        scales, nested, offset, dynamic_map, inside, 0, group, N, K, GROUP, False, NESTED
                     )
                 sums += part
     total = tl.sum(sums, axis=1)
@@ -144,6 +157,43 @@ def vector_kernel(
     if BIAS:
         total += tl.load(bias + tl.minimum(rows, N - 1)).to(tl.float32)
     tl.store(out + split * N + rows, total, mask=rows < N)
+
+
+@triton.jit
+def _pieces(
+    words: tl.tensor, codebook: tl.tensor, like: tl.constexpr,
+    BITS: tl.constexpr, NF4: tl.constexpr, INTERPRET: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return a tuple of all codes of each word as the tensor cores take them: symmetric integers or NF4's values.
+
+    Nothing in here but constants meets the words, or Triton would no longer unpack them in the registers where the
+    tensor cores expect them, but before a detour through shared memory.
+    """
+    if NF4:
+        if INTERPRET:
+            pieces = ()
+            for i in tl.static_range(8):
+                pieces += (tl.load(codebook + ((words >> (4 * i)) & 15)),)
+        elif like == tl.bfloat16:
+            pieces = tl.inline_asm_elementwise(
+                _NF4_BF16, _NF4_CONSTRAINTS, [words], is_pure=True, pack=2, dtype=(
+                    tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+                    tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+                ),
+            )  # fmt: skip
+        else:
+            pieces = tl.inline_asm_elementwise(
+                _NF4_FP16, _NF4_CONSTRAINTS, [words], is_pure=True, pack=2, dtype=(
+                    tl.float16, tl.float16, tl.float16, tl.float16,
+                    tl.float16, tl.float16, tl.float16, tl.float16,
+                ),
+            )  # fmt: skip
+    else:
+        pieces = ()
+        for i in tl.static_range(32 // BITS):
+            value = _values(words, i, 1 << (BITS - 1), codebook, _POWER, BITS, False, INTERPRET)
+            pieces += (value if INTERPRET else value.to(like),)
+    return pieces
 
 
 @triton.jit
@@ -157,43 +207,51 @@ def batch_kernel(
 ) -> None:  # fmt: skip
     """Multiply all rows of x (M, K) by BLOCK_N rows over SPLIT_TILES tiles: out (splits, M, N).
 
-    Program (row block, split); BLOCK_M is M and more. The transposed product keeps the matrix in registers: unpacked
-    there, it is the left operand of the tensor cores, in x's dtype. Integers lose nothing by that, scales multiply
-    float32 sums; NF4's codebook comes rounded to x's dtype. EVEN says that K is whole splits. The interpreter has no
-    product of bfloat16: INTERPRET computes it in float32.
+    Program (row block, split); BLOCK_M is M or more. The transposed product keeps the matrix in registers: unpacked
+    there, it is the left operand of the tensor cores, in x's dtype. Integers lose nothing by that, since scales and
+    zero points meet the float32 sums, zero points by way of the sums of x; NF4's values are rounded to x's dtype.
+    EVEN says that K is whole splits. The interpreter has no product of bfloat16: INTERPRET computes it in float32.
     """
     PER: tl.constexpr = 32 // BITS
+    dtype: tl.constexpr = tl.float32 if INTERPRET else x.dtype.element_ty
     split = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = tl.minimum(rows, N - 1)[:, None]
     lines = tl.arange(0, BLOCK_M)[None, :]
     words_at = tl.arange(0, _TILE)
+    ones = tl.full((BLOCK_N, _TILE), 1.0, dtype)
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(SPLIT_TILES):
         tile = split * SPLIT_TILES + step
         there = tile if EVEN else tl.minimum(tile, tiles - 1)
         words = tl.load(codes + (there * N + inside) * _TILE + words_at[None, :])
+        pieces = _pieces(words, codebook, dtype, BITS, NF4, INTERPRET)
         for span in tl.static_range(PER // SPANS):
             column = (tile * PER + span * SPANS) * _TILE
             group = 0
             if GROUP > 0:
                 group = (column if EVEN else tl.minimum(column, K - 1)) // GROUP
-            zero = _zero(zeros, inside, group, N, BITS, ZEROS)
-            part = sums if GROUP == 0 else tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            if GROUP == 0 and not ZEROS:
+                part = sums
+            x_sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for i in tl.static_range(span * SPANS, (span + 1) * SPANS):
                 columns = (tile * PER + i) * _TILE + words_at[:, None]
                 mask = lines < M if EVEN else (lines < M) & (columns < K)
-                x_i = tl.load(x + lines * K + columns, mask=mask, other=0.0)
-                values = _values(words, i, zero, codebook, power, BITS, NF4)
-                if INTERPRET:
-                    part = tl.dot(values.to(tl.float32), x_i.to(tl.float32), part)
-                else:
-                    part = tl.dot(values.to(x_i.dtype), x_i, part)
+                x_i = tl.load(x + lines * K + columns, mask=mask, other=0.0).to(dtype)
+                part = tl.dot(pieces[i], x_i, part)
+                if ZEROS:
+                    x_sums = tl.dot(ones, x_i, x_sums)
+            if ZEROS:
+                zero = _zero(zeros, inside, group, N, BITS, ZEROS)
+                part -= (zero - (1 << (BITS - 1))) * x_sums
             if GROUP > 0:
                 scale = _group_scale(
                     scales, nested, offset, dynamic_map, inside, 0, group, N, K, GROUP, False, NESTED
                 )
                 sums += part * scale
+            elif ZEROS:
+                sums += part
             else:
                 sums = part
     if GROUP == 0:
@@ -226,7 +284,8 @@ def dequantize_kernel(
     codebook: tl.tensor, dynamic_map: tl.tensor, power: tl.tensor, out: tl.tensor, N: tl.tensor,
     K: tl.tensor,
     BITS: tl.constexpr, NF4: tl.constexpr, ZEROS: tl.constexpr, NESTED: tl.constexpr, GROUP: tl.constexpr,
-    FLAT: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr,
+    FLAT: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write BLOCK_N rows of one tile in out's dtype: out (N, K). Program (row block, tile)."""
     PER: tl.constexpr = 32 // BITS
@@ -260,5 +319,5 @@ def dequantize_kernel(
             scale = tl.load(scales + inside).to(tl.float32)
         for i in tl.static_range(span * SPANS, (span + 1) * SPANS):
             columns = (tile * PER + i) * _TILE + words_at
-            values = _values(words, i, zero, codebook, power, BITS, NF4) * scale
+            values = _values(words, i, zero, codebook, power, BITS, NF4, INTERPRET) * scale
             tl.store(out + rows * K + columns, values, mask=(rows < N) & (columns < K))

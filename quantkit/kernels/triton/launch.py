@@ -11,7 +11,7 @@ import triton
 from calculators.units import ceil_div
 from quantkit.kernels.triton import kernels
 from quantkit.kernels.triton.layout import Tiles
-from quantkit.kernels.triton.tuning import OLDEST, Tuning, tuning
+from quantkit.kernels.triton.tuning import OLDEST, Batch, Tuning, tuning
 from quantkit.quantize.nf4 import NF4_CODEBOOK, dynamic_map_on
 
 INTERPRETED = not isinstance(kernels.vector_kernel, triton.JITFunction)  # TRITON_INTERPRET was set at import
@@ -25,10 +25,11 @@ def linear(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None) -> torch.T
     with torch.cuda.device_of(x):
         if x.shape[0] == 0:
             return x.new_empty(0, matrix.rows)
-        if x.shape[0] == 1:
+        if x.shape[0] == 1 and not matrix.flat:
             return _vector(x, matrix, bias, chosen)
-        if x.shape[0] <= chosen.batch_limit and x.dtype != torch.float32 and not matrix.flat:
-            return _batch(x, matrix, bias, chosen)
+        batch = chosen.batch(x.shape[0])
+        if batch is not None and x.dtype in (torch.bfloat16, torch.float16) and not matrix.flat:
+            return _batch(x, matrix, bias, batch, chosen.programs)
         bias = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, dequantize(matrix, x.dtype), bias)
 
@@ -63,7 +64,6 @@ def vector_constants(matrix: Tiles, chosen: Tuning) -> dict[str, Any]:
     """Return the compile-time arguments of `vector_kernel`."""
     split_tiles = _split_tiles(matrix, chosen.vector_rows, chosen.vector_unroll, chosen.programs)
     return _constants(matrix) | {
-        "FLAT": matrix.flat,
         "EVEN": matrix.cols % (matrix.tile_cols * split_tiles) == 0,
         "SPLIT_TILES": split_tiles,
         "BLOCK_N": chosen.vector_rows,
@@ -72,17 +72,16 @@ def vector_constants(matrix: Tiles, chosen: Tuning) -> dict[str, Any]:
     }
 
 
-def batch_constants(matrix: Tiles, chosen: Tuning, lines: int) -> dict[str, Any]:
+def batch_constants(matrix: Tiles, batch: Batch, programs: int, lines: int) -> dict[str, Any]:
     """Return the compile-time arguments of `batch_kernel` for so many rows of x."""
-    split_tiles = _split_tiles(matrix, chosen.batch_rows, 1, chosen.programs)
+    split_tiles = _split_tiles(matrix, batch.rows, 1, programs)
     return _constants(matrix) | {
         "EVEN": matrix.cols % (matrix.tile_cols * split_tiles) == 0,
-        "INTERPRET": INTERPRETED,
         "SPLIT_TILES": split_tiles,
-        "BLOCK_N": chosen.batch_rows,
+        "BLOCK_N": batch.rows,
         "BLOCK_M": max(_SMALLEST_BLOCK, triton.next_power_of_2(lines)),
-        "num_warps": chosen.batch_warps,
-        "num_stages": chosen.batch_stages,
+        "num_warps": batch.warps,
+        "num_stages": batch.stages,
     }
 
 
@@ -94,6 +93,7 @@ def _constants(matrix: Tiles) -> dict[str, Any]:
         "NESTED": matrix.nested_scales is not None,
         "GROUP": matrix.group,
         "SPANS": matrix.spans,
+        "INTERPRET": INTERPRETED,
     }
 
 
@@ -108,10 +108,12 @@ def _vector(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, chosen: T
     return _total(out, bias, x.dtype)
 
 
-def _batch(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, chosen: Tuning) -> torch.Tensor:
-    constants = batch_constants(matrix, chosen, x.shape[0])
+def _batch(
+    x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, batch: Batch, programs: int
+) -> torch.Tensor:
+    constants = batch_constants(matrix, batch, programs, x.shape[0])
     out = _sums(x, matrix, constants["SPLIT_TILES"])
-    kernels.batch_kernel[ceil_div(matrix.rows, chosen.batch_rows), out.shape[0]](
+    kernels.batch_kernel[ceil_div(matrix.rows, batch.rows), out.shape[0]](
         x, *_parts(matrix, x.dtype), bias if out.shape[0] == 1 else None, out,
         x.shape[0], matrix.rows, matrix.cols, matrix.codes.shape[0],
         BIAS=bias is not None and out.shape[0] == 1, **constants,
@@ -158,7 +160,7 @@ def _stored(dtype: torch.dtype) -> torch.dtype:
 
 
 def _parts(matrix: Tiles, codebook: torch.dtype) -> tuple[torch.Tensor | int | None, ...]:
-    """Return the arguments that describe a matrix, NF4's values in the dtype `codebook`."""
+    """Return the arguments that describe a matrix, NF4's values rounded to the dtype `codebook`."""
     return (
         matrix.codes,
         matrix.scales,
@@ -173,8 +175,8 @@ def _parts(matrix: Tiles, codebook: torch.dtype) -> tuple[torch.Tensor | int | N
 
 @lru_cache
 def codebook_on(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Return the 16 values of NF4, where they are made once."""
-    return torch.tensor(NF4_CODEBOOK).to(dtype).to(device)
+    """Return the 16 values of NF4 rounded to `dtype`, as float32; on a device they are made once."""
+    return torch.tensor(NF4_CODEBOOK).to(dtype).float().to(device)
 
 
 @lru_cache

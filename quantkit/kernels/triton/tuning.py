@@ -10,41 +10,56 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Batch:
+    """One launch of `batch_kernel`.
+
+    Attributes:
+        limit: rows of x up to which it runs.
+        rows: of the matrix, a program.
+        warps: of a program.
+        stages: tiles in flight.
+    """
+
+    limit: int
+    rows: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class Tuning:
     """The launch of every kernel on one family.
 
     Attributes:
         programs: of one launch; K is split until there are about so many.
+        batches: in the order of their limits; above the last, the matrix is dequantized and multiplied.
         vector_rows: of the matrix, a program of `vector_kernel`.
         vector_unroll: tiles whose loads are issued together.
         vector_warps: of a program.
-        batch_limit: rows of x up to which `batch_kernel` runs; from there on, dequantize and multiply.
-        batch_rows: of the matrix, a program of `batch_kernel`.
-        batch_warps: of a program.
-        batch_stages: tiles in flight.
         dequantize_rows: of the matrix, a program of `dequantize_kernel`.
         dequantize_warps: of a program.
     """
 
     programs: int
+    batches: tuple[Batch, ...]
     vector_rows: int = 64
     vector_unroll: int = 4
     vector_warps: int = 4
-    batch_limit: int = 64
-    batch_rows: int = 64
-    batch_warps: int = 4
-    batch_stages: int = 4
     dequantize_rows: int = 64
     dequantize_warps: int = 4
+
+    def batch(self, rows: int) -> Batch | None:
+        """Return the launch of `batch_kernel` for so many rows of x, None where there are too many."""
+        return next((batch for batch in self.batches if rows <= batch.limit), None)
 
 
 # by compute capability; a GPU takes the newest that is not newer than it
 FAMILIES = {
-    75: Tuning(programs=256, batch_stages=2),
-    80: Tuning(programs=512),  # A100: 108 multiprocessors
-    86: Tuning(programs=384, batch_stages=3),  # 100 KiB of shared memory
-    89: Tuning(programs=512, batch_stages=3),
-    90: Tuning(programs=640),  # H100, H200: 132 multiprocessors
+    75: Tuning(256, (Batch(32, rows=64, warps=4, stages=2),)),
+    80: Tuning(512, (Batch(32, rows=64, warps=4, stages=4), Batch(64, rows=128, warps=8, stages=3))),
+    86: Tuning(384, (Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
+    89: Tuning(512, (Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
+    90: Tuning(640, (Batch(32, rows=64, warps=4, stages=4), Batch(64, rows=128, warps=8, stages=3))),
 }
 OLDEST = min(FAMILIES)
 
