@@ -55,13 +55,13 @@ class Tuning:
 
 # by compute capability; a GPU takes the newest that is not newer than it
 FAMILIES = {
-    75: Tuning(256, (Batch(32, rows=64, warps=4, stages=2),)),
+    75: Tuning(256, ()),  # Triton has no tensor cores before 8.0
     80: Tuning(512, (Batch(32, rows=64, warps=4, stages=4), Batch(64, rows=128, warps=8, stages=3))),
     86: Tuning(384, (Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
     89: Tuning(512, (Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
     90: Tuning(640, (Batch(32, rows=64, warps=4, stages=4), Batch(64, rows=128, warps=8, stages=3))),
 }
-OLDEST = min(FAMILIES)
+NEWEST = max(FAMILIES)
 
 
 def tuning(capability: int) -> Tuning:
