@@ -1,0 +1,231 @@
+"""The CUDA kernels compiled ahead of time, without a GPU: registers, spills and the width of loads."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+import subprocess
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import pytest
+import torch
+
+from quantkit.kernels.triton.layout import Tiles, tiles
+from quantkit.kernels.triton.tuning import FAMILIES
+from quantkit.schemes import SCHEMES
+from quantkit.tensor import empty_quantized
+from tests.paths import ROOT
+
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+}
+SHARED_BYTES = {
+    75: 65_536,
+    80: 166_912,
+    86: 101_376,
+    89: 101_376,
+    90: 232_448,
+}  # a program's; CUDA's guide, table of capabilities
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+TESTED = ("vector_kernel", "batch_kernel", "dequantize_kernel", "sum_kernel")
+SHAPES = ((4096, 14336), (1000, 576))  # (N, K): of Mistral-7B's down_proj, and ragged
+QUANTIZED = [name for name, scheme in SCHEMES.items() if scheme.quantized]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came out of the compiler for one kernel, and what went in."""
+
+    constants: dict[str, Any]
+    shared_bytes: int
+    layouts: str  # Triton's GPU dialect
+    instructions: list[str]  # machine code, without operands
+    usage: dict[str, int]  # registers and bytes, as cuobjdump calls them
+
+    def count(self, start: str) -> int:
+        return sum(instruction.startswith(start) for instruction in self.instructions)
+
+
+def cases(
+    capabilities: Iterable[int], schemes: Iterable[str], shapes: Iterable[tuple[int, int]]
+) -> Iterator[Any]:
+    """Yield kernel, capability, scheme, shape and rows of x for every launch of these."""
+    for capability, scheme, shape in itertools.product(capabilities, schemes, shapes):
+        limits = [batch.limit for batch in FAMILIES[capability].batches]
+        rows = [("vector_kernel", 1), ("dequantize_kernel", 65)]
+        rows += [("batch_kernel", count) for count in ([16, *limits] if limits else [])]
+        for kernel, count in rows:
+            name = f"sm_{capability}-{scheme}-{shape[0]}x{shape[1]}-{kernel}-{count}"
+            yield pytest.param(kernel, capability, scheme, shape, count, id=name)
+
+
+@pytest.fixture(autouse=True)
+def _triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from quantkit.kernels.triton import launch
+
+    if launch.INTERPRETED:
+        pytest.skip("TRITON_INTERPRET is set")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "capability", "scheme", "shape", "rows"),
+    cases([90], ["int8", "int4-g128", "int4-g32-asym", "nf4-dq"], SHAPES[:1]),
+)
+def test_hopper(kernel: str, capability: int, scheme: str, shape: tuple[int, int], rows: int) -> None:
+    check(kernel, capability, scheme, shape, rows, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kernel", "capability", "scheme", "shape", "rows"), cases(FAMILIES, QUANTIZED, SHAPES[:1])
+)
+def test_every_family(kernel: str, capability: int, scheme: str, shape: tuple[int, int], rows: int) -> None:
+    check(kernel, capability, scheme, shape, rows, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kernel", "capability", "scheme", "shape", "rows"), cases([80, 90], QUANTIZED, SHAPES[1:])
+)
+def test_ragged_and_float16(
+    kernel: str, capability: int, scheme: str, shape: tuple[int, int], rows: int
+) -> None:
+    check(kernel, capability, scheme, shape, rows, torch.float16)
+
+
+def check(
+    kernel: str, capability: int, scheme: str, shape: tuple[int, int], rows: int, dtype: torch.dtype
+) -> None:
+    matrix = tiles(empty_quantized(shape, SCHEMES[scheme], dtype, "cpu"))
+    found = compiled(kernel, capability, matrix, rows, dtype)
+    assert found.usage["STACK"] == found.usage["LOCAL"] == 0, "registers spill"
+    assert not found.count("STL")
+    assert not found.count("LDL")
+    assert found.shared_bytes <= SHARED_BYTES[capability]
+    if kernel == "batch_kernel":
+        assert found.count("LDGSTS.E.BYPASS.128") >= 1, "the codes are not copied 16 bytes at a time"
+        assert found.count("HGMMA" if capability >= 90 else "HMMA") >= 1
+        through_shared = r"convert_layout .*x(bf16|f16), #blocked\d*> -> tensor<.*dot_op"
+        assert not re.search(through_shared, found.layouts), (
+            "weights are not unpacked where they are multiplied"
+        )
+    else:
+        threads = 32 * found.constants["num_warps"]
+        wide = found.constants["BLOCK_N"] * 64 // (16 * threads) * found.constants.get("UNROLL", 1)
+        assert found.count("LDG.E.128") == wide, "the codes are not loaded 16 bytes at a time"
+    if kernel == "vector_kernel":  # the sum over a row's threads alone leaves the registers
+        assert found.count("BAR") <= 1
+        assert "convert_layout" not in found.layouts.partition("tt.reduce")[0]
+
+
+def test_the_second_pass_compiles_for_every_family() -> None:
+    from quantkit.kernels.triton import kernels, launch
+
+    constants = {"SPLITS": 8, "BIAS": False, "BLOCK": launch.SUM_BLOCK, "bias": None}
+    types = {"parts": "*fp32", "bias": None, "out": "*bf16", "count": "i32", "N": "i32"}
+    for capability in FAMILIES:
+        found = build(kernels.sum_kernel, capability, types, constants)
+        assert found.usage["STACK"] == found.usage["LOCAL"] == 0
+        assert found.count("LDG") >= 1
+
+
+def test_no_kernel_is_without_a_test() -> None:
+    source = ast.parse((ROOT / "quantkit" / "kernels" / "triton" / "kernels.py").read_text())
+    launched = (ROOT / "quantkit" / "kernels" / "triton" / "launch.py").read_text()
+    functions = [node.name for node in source.body if isinstance(node, ast.FunctionDef)]
+    assert {name for name in functions if not name.startswith("_")} == set(TESTED)
+    assert all(f"kernels.{name}[" in launched for name in TESTED)
+
+
+def compiled(kernel: str, capability: int, matrix: Tiles, rows: int, dtype: torch.dtype) -> Compiled:
+    """Compile a kernel as `launch.py` would launch it on a GPU of this capability."""
+    from quantkit.kernels.triton import kernels, launch
+
+    chosen = FAMILIES[capability]
+    if kernel == "vector_kernel":
+        constants = launch.vector_constants(matrix, chosen) | {"BIAS": False}
+    elif kernel == "batch_kernel":
+        batch = chosen.batch(rows)
+        assert batch is not None
+        constants = launch.batch_constants(matrix, batch, chosen.programs, rows) | {"BIAS": False}
+    else:
+        constants = launch.dequantize_constants(matrix, chosen)
+    split = constants.get("SPLIT_TILES", matrix.codes.shape[0]) < matrix.codes.shape[0]
+    types = {
+        "x": TYPES[dtype],
+        "codes": "*i32",
+        "scales": TYPES[matrix.scales.dtype],
+        "zeros": None if matrix.zeros is None else "*i32",
+        "nested": None if matrix.nested_scales is None else "*fp32",
+        "offset": None if matrix.nested_offset is None else "*fp32",
+        "codebook": "*fp32" if matrix.nf4 else None,
+        "dynamic_map": None if matrix.nested_scales is None else "*fp32",
+        "bias": None,
+        "out": "*fp32" if split else TYPES[dtype],
+        **dict.fromkeys(("power", "M", "N", "K", "tiles"), "i32"),
+    }
+    return build(getattr(kernels, kernel), capability, types, constants)
+
+
+def build(
+    function: Any, capability: int, types: dict[str, str | None], constants: dict[str, Any]
+) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = function.arg_names
+    options = {name: constants[name] for name in OPTIONS if name in constants}
+    fixed = {name: constants[name] for name in names if name in constants}
+    fixed |= {name: None for name in names if name in types and types[name] is None}
+    signature = {name: "constexpr" if name in fixed else types[name] for name in names}
+    # what the launcher finds of real tensors: aligned pointers
+    aligned = {
+        (at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if signature[name].startswith("*")
+    }
+    source = ASTSource(
+        function, signature, {(names.index(name),): value for name, value in fixed.items()}, aligned
+    )
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return Compiled(
+        constants=constants,
+        shared_bytes=result.metadata.shared,
+        layouts=result.asm["ttgir"],
+        instructions=disassembled(result.asm["cubin"]),
+        usage=usage(result.asm["cubin"]),
+    )
+
+
+def tool(name: str, cubin: bytes, *arguments: str) -> str:
+    """Return what one of the tools in Triton's wheel says of machine code."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run(
+            [program, *arguments, file.name], capture_output=True, text=True, check=True
+        ).stdout
+
+
+def disassembled(cubin: bytes) -> list[str]:
+    return re.findall(
+        r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", tool("nvdisasm", cubin), re.MULTILINE
+    )
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    line = tool("cuobjdump", cubin, "-res-usage").strip().splitlines()[-1]
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
