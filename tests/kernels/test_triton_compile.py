@@ -135,9 +135,9 @@ def test_the_second_pass_compiles_for_every_family() -> None:
     constants = {"SPLITS": 8, "BIAS": False, "BLOCK": launch.SUM_BLOCK, "bias": None}
     types = {"parts": "*fp32", "bias": None, "out": "*bf16", "count": "i32", "N": "i32"}
     for capability in FAMILIES:
-        found = build(kernels.sum_kernel, capability, types, constants)
+        found = build(kernels.sum_kernel, capability, types, constants, {"count": 4096, "N": 4096})
         assert found.usage["STACK"] == found.usage["LOCAL"] == 0
-        assert found.count("LDG") >= 1
+        assert found.count("LDG.E.128") == 8
 
 
 def test_no_kernel_is_without_a_test() -> None:
@@ -175,11 +175,22 @@ def compiled(kernel: str, capability: int, matrix: Tiles, rows: int, dtype: torc
         "out": "*fp32" if split else TYPES[dtype],
         **dict.fromkeys(("power", "M", "N", "K", "tiles"), "i32"),
     }
-    return build(getattr(kernels, kernel), capability, types, constants)
+    numbers = {
+        "power": kernels.POWER,
+        "M": rows,
+        "N": matrix.rows,
+        "K": matrix.cols,
+        "tiles": matrix.codes.shape[0],
+    }
+    return build(getattr(kernels, kernel), capability, types, constants, numbers)
 
 
 def build(
-    function: Any, capability: int, types: dict[str, str | None], constants: dict[str, Any]
+    function: Any,
+    capability: int,
+    types: dict[str, str | None],
+    constants: dict[str, Any],
+    numbers: dict[str, int],
 ) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -190,9 +201,11 @@ def build(
     fixed = {name: constants[name] for name in names if name in constants}
     fixed |= {name: None for name in names if name in types and types[name] is None}
     signature = {name: "constexpr" if name in fixed else types[name] for name in names}
-    # what the launcher finds of real tensors: aligned pointers
+    # what the launcher finds of real tensors and numbers
     aligned = {
-        (at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if signature[name].startswith("*")
+        (at,): [["tt.divisibility", 16]]
+        for at, name in enumerate(names)
+        if signature[name].startswith("*") or numbers.get(name, 1) % 16 == 0
     }
     source = ASTSource(
         function, signature, {(names.index(name),): value for name, value in fixed.items()}, aligned

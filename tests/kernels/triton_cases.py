@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -207,3 +208,12 @@ def test_the_launches_of_every_family(capability: int, monkeypatch: pytest.Monke
     for rows in (1, *limits):
         x = random_x(rows, 640, torch.float16)
         check(weight, x, ops.linear(x, packed))
+
+
+def test_one_row_on_the_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = replace(FAMILIES[90], vector=frozenset())
+    monkeypatch.setattr(launch, "_tuning", lambda device: without)
+    weight = random_matrix(SCHEMES["int4-g64"], (40, 320), torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32):  # float32 is none of theirs
+        x = random_x(1, 320, dtype)
+        check(weight, x, ops.linear(x, ops.prepare(weight, "triton")))

@@ -171,7 +171,7 @@ def _pieces(
     """
     if NF4:
         if INTERPRET:
-            pieces = ()
+            pieces: tl.tensor = ()
             for i in tl.static_range(8):
                 pieces += (tl.load(codebook + ((words >> (4 * i)) & 15)),)
         elif like == tl.bfloat16:

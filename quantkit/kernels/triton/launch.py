@@ -21,15 +21,17 @@ _SMALLEST_BLOCK = 16  # rows of x that the tensor cores take
 
 def linear(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x @ W.T + bias for contiguous x (M, K), in x's dtype."""
-    chosen = _tuning(x.device)
+    chosen, count = _tuning(x.device), x.shape[0]
+    half = x.dtype in (torch.bfloat16, torch.float16)
     with torch.cuda.device_of(x):
-        if x.shape[0] == 0:
+        if count == 0:
             return x.new_empty(0, matrix.rows)
-        if x.shape[0] == 1 and not matrix.flat:
-            return _vector(x, matrix, bias, chosen)
-        batch = chosen.batch(x.shape[0])
-        if batch is not None and x.dtype in (torch.bfloat16, torch.float16) and not matrix.flat:
-            return _batch(x, matrix, bias, batch, chosen.programs)
+        if not matrix.flat:
+            if count == 1 and (matrix.kind in chosen.vector or not half):
+                return _vector(x, matrix, bias, chosen)
+            batch = chosen.batch(count)
+            if batch is not None and half:
+                return _batch(x, matrix, bias, batch, chosen.programs)
         bias = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, dequantize(matrix, x.dtype), bias)
 

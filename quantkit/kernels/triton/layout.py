@@ -61,6 +61,11 @@ class Tiles:
     nf4: bool
 
     @property
+    def kind(self) -> str:
+        """`int8`, `int4` or `nf4`."""
+        return "nf4" if self.nf4 else f"int{self.bits}"
+
+    @property
     def tile_cols(self) -> int:
         return tile_cols(self.bits)
 
@@ -142,7 +147,7 @@ def _words(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def below_each_other(parts: list[Tiles]) -> Tiles:
-    """Return matrices of one K, which `stackable` accepts, as one below the other."""
+    """Return matrices of one K that were quantized alike as one; their scales belong to whole rows."""
     first = parts[0]
     zeros = [part.zeros for part in parts if part.zeros is not None]
     return Tiles(

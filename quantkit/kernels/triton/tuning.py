@@ -33,6 +33,7 @@ class Tuning:
     Attributes:
         programs: of one launch; K is split until there are about so many.
         batches: in the order of their limits; above the last, the matrix is dequantized and multiplied.
+        vector: kinds of codes whose product with one row is `vector_kernel`'s; of others it is `batch_kernel`'s.
         vector_rows: of the matrix, a program of `vector_kernel`.
         vector_unroll: tiles whose loads are issued together.
         vector_warps: of a program.
@@ -42,6 +43,7 @@ class Tuning:
 
     programs: int
     batches: tuple[Batch, ...]
+    vector: frozenset[str] = frozenset({"int8", "int4", "nf4"})
     vector_rows: int = 64
     vector_unroll: int = 4
     vector_warps: int = 4
