@@ -67,6 +67,8 @@ def _triton_lacks(device: torch.device) -> str | None:
         return "no CUDA GPU is visible to PyTorch"
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
+    if torch.version.hip is not None:
+        return "PyTorch was built for ROCm, and the kernels hold instructions of NVIDIA's"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         found, oldest = (".".join(map(str, each)) for each in (capability, OLDEST_CAPABILITY))

@@ -150,6 +150,7 @@ class TestChoice:
         [
             ("triton", "Triton is not installed"),
             ("gpu", "no CUDA GPU is visible to PyTorch"),
+            ("rocm", "PyTorch was built for ROCm"),
             ("capability", "its compute capability is 7.0, and the kernels need 7.5"),
         ],
     )
@@ -160,6 +161,8 @@ class TestChoice:
             monkeypatch.setattr(ops, "find_spec", lambda name: None)
         elif lacking == "gpu":
             monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        elif lacking == "rocm":
+            monkeypatch.setattr(torch.version, "hip", "7.0")
         else:
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
         with pytest.raises(BackendError, match=f"the triton backend cannot run on cuda: {words}"):

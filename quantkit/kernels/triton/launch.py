@@ -11,7 +11,7 @@ import triton
 from calculators.units import ceil_div
 from quantkit.kernels.triton import kernels
 from quantkit.kernels.triton.layout import Tiles
-from quantkit.kernels.triton.tuning import NEWEST, Batch, Tuning, tuning
+from quantkit.kernels.triton.tuning import FAMILIES, HOPPER, Batch, Tuning, tuning
 from quantkit.quantize.nf4 import NF4_CODEBOOK, dynamic_map_on
 
 INTERPRETED = not isinstance(kernels.vector_kernel, triton.JITFunction)  # TRITON_INTERPRET was set at import
@@ -184,6 +184,6 @@ def codebook_on(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
 @lru_cache
 def _tuning(device: torch.device) -> Tuning:
     if device.type != "cuda":
-        return tuning(NEWEST)  # the interpreter
+        return FAMILIES[HOPPER]  # the interpreter
     major, minor = torch.cuda.get_device_capability(device)
     return tuning(10 * major + minor)
