@@ -1,7 +1,7 @@
 """The kernels themselves, for CUDA and for Triton's interpreter. Importing this imports Triton.
 
 M rows of x, N rows of the matrix, K columns. Along K the matrix is cut into tiles of `TILE` words, each word holding
-PER = 32 / BITS codes; `quantkit/kernels/triton/__init__.py` draws one. What one mask takes out of all words of a tile
+PER = 32 / BITS codes; `layout.py` draws one. What one mask takes out of all words of a tile
 are TILE neighbouring columns, so they meet TILE neighbours of x and share a scale where TILE divides the group.
 
 An integer code becomes a float32 without a conversion instruction: its bits are laid into the mantissa of a power of
@@ -166,8 +166,8 @@ def _pieces(
 ) -> tl.tensor:  # fmt: skip
     """Return a tuple of all codes of each word as the tensor cores take them: symmetric integers or NF4's values.
 
-    Nothing in here but constants meets the words, or Triton would no longer unpack them in the registers where the
-    tensor cores expect them, but before a detour through shared memory.
+    Nothing but constants may meet the words here, not even the `power` of the other kernels: else Triton unpacks
+    them in other registers than the tensor cores take, and moves each piece through shared memory.
     """
     if NF4:
         if INTERPRET:
@@ -199,7 +199,7 @@ def _pieces(
 @triton.jit
 def batch_kernel(
     x: tl.tensor, codes: tl.tensor, scales: tl.tensor, zeros: tl.tensor, nested: tl.tensor,
-    offset: tl.tensor, codebook: tl.tensor, dynamic_map: tl.tensor, power: tl.tensor, bias: tl.tensor,
+    offset: tl.tensor, codebook: tl.tensor, dynamic_map: tl.tensor, bias: tl.tensor,
     out: tl.tensor, M: tl.tensor, N: tl.tensor, K: tl.tensor, tiles: tl.tensor,
     BITS: tl.constexpr, NF4: tl.constexpr, ZEROS: tl.constexpr, NESTED: tl.constexpr, GROUP: tl.constexpr,
     SPANS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, INTERPRET: tl.constexpr,

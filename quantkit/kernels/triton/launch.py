@@ -43,6 +43,7 @@ def dequantize(matrix: Tiles, dtype: torch.dtype) -> torch.Tensor:
     with torch.cuda.device_of(out):
         kernels.dequantize_kernel[ceil_div(matrix.rows, chosen.dequantize_rows), matrix.codes.shape[0]](
             *_parts(matrix, torch.float32),
+            kernels.POWER,
             out,
             matrix.rows,
             matrix.cols,
@@ -103,7 +104,7 @@ def _vector(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, chosen: T
     constants = vector_constants(matrix, chosen)
     out = _sums(x, matrix, constants["SPLIT_TILES"])
     kernels.vector_kernel[ceil_div(matrix.rows, chosen.vector_rows), out.shape[0]](
-        x, *_parts(matrix, torch.float32), bias if out.shape[0] == 1 else None, out,
+        x, *_parts(matrix, torch.float32), kernels.POWER, bias if out.shape[0] == 1 else None, out,
         matrix.rows, matrix.cols, matrix.codes.shape[0],
         BIAS=bias is not None and out.shape[0] == 1, **constants,
     )  # fmt: skip
@@ -161,7 +162,7 @@ def _stored(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED else dtype
 
 
-def _parts(matrix: Tiles, codebook: torch.dtype) -> tuple[torch.Tensor | int | None, ...]:
+def _parts(matrix: Tiles, codebook: torch.dtype) -> tuple[torch.Tensor | None, ...]:
     """Return the arguments that describe a matrix, NF4's values rounded to the dtype `codebook`."""
     return (
         matrix.codes,
@@ -171,7 +172,6 @@ def _parts(matrix: Tiles, codebook: torch.dtype) -> tuple[torch.Tensor | int | N
         matrix.nested_offset,
         codebook_on(matrix.codes.device, codebook) if matrix.nf4 else None,
         dynamic_map_on(matrix.codes.device) if matrix.nested_scales is not None else None,
-        kernels.POWER,
     )
 
 
