@@ -134,7 +134,7 @@ def check(
 def test_the_second_pass_compiles_for_every_family() -> None:
     from quantkit.kernels.triton import kernels, launch
 
-    constants = {"SPLITS": 8, "BIAS": False, "BLOCK": launch.SUM_BLOCK, "bias": None}
+    constants = launch.sum_constants(8, bias=False)
     types = {"parts": "*fp32", "bias": None, "out": "*bf16", "count": "i32", "N": "i32"}
     for capability in FAMILIES:
         found = build(kernels.sum_kernel, capability, types, constants, {"count": 4096, "N": 4096})

@@ -88,6 +88,11 @@ def batch_constants(matrix: Tiles, batch: Batch, programs: int, lines: int) -> d
     }
 
 
+def sum_constants(splits: int, bias: bool) -> dict[str, Any]:
+    """Return the compile-time arguments of `sum_kernel`."""
+    return {"SPLITS": splits, "BIAS": bias, "BLOCK": SUM_BLOCK, "enable_fp_fusion": True}
+
+
 def _constants(matrix: Tiles) -> dict[str, Any]:
     return {
         "BITS": matrix.bits,
@@ -97,6 +102,7 @@ def _constants(matrix: Tiles) -> dict[str, Any]:
         "GROUP": matrix.group,
         "SPANS": matrix.spans,
         "INTERPRET": INTERPRETED,
+        "enable_fp_fusion": True,  # said, because Triton's default changes
     }
 
 
@@ -150,9 +156,7 @@ def _total(parts: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -
         out,
         out.numel(),
         out.shape[1],
-        SPLITS=parts.shape[0],
-        BIAS=bias is not None,
-        BLOCK=SUM_BLOCK,
+        **sum_constants(parts.shape[0], bias is not None),
     )
     return out.to(dtype)
 
