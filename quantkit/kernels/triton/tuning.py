@@ -61,7 +61,7 @@ FAMILIES = {
     80: Tuning(512, (Batch(32, rows=64, warps=4, stages=4), Batch(64, rows=128, warps=8, stages=2))),
     86: Tuning(384, (Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
     89: Tuning(512, (Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
-    90: Tuning(640, (Batch(32, rows=64, warps=4, stages=4), Batch(64, rows=128, warps=8, stages=3))),
+    90: Tuning(640, (Batch(32, rows=64, warps=4, stages=4), Batch(64, rows=64, warps=8, stages=3))),
     100: Tuning(640, ()),  # what Triton makes of `batch_kernel` for these tensor cores was not looked into
     120: Tuning(640, (Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
 }
