@@ -57,9 +57,10 @@ void* scratch(std::size_t bytes) {
 constexpr float from_bf16(uint16_t bits) { return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16); }
 
 constexpr uint16_t to_bf16(float value) {
-    const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
-    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+    const uint32_t bits = __builtin_bit_cast(uint32_t, value), upper = bits >> 16;
+    const uint32_t rounded = (bits + 0x7fffu + (upper & 1)) >> 16;
+    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;  // without a branch, so that loops become vectors
+    return static_cast<uint16_t>(nan ? upper | 0x40 : rounded);
 }
 
 inline float from_f16(uint16_t half) {
