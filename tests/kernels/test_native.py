@@ -18,7 +18,7 @@ from quantkit.tensor import QuantizedTensor
 
 pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension is not built")
 
-ISAS = ["portable", "avx2", "avx512", "avx512bf16"]
+ISAS = ["portable", "avx2", "avx512", "avx512bf16", "amx"]
 QUANTIZED = [scheme for scheme in SCHEMES.values() if scheme.quantized]
 ODD_GROUPS = [
     int_scheme(4, 0, True),
@@ -66,12 +66,11 @@ def bound(
         return allowed + 1e-30
     allowed = allowed + 2.0**-8 * exact.abs()
     nf4 = weight.scheme.method == "nf4"
-    if isa == "avx512bf16" and nf4:
+    pairs = isa in ("avx512bf16", "amx")  # products of pairs of bfloat16
+    if pairs and nf4:
         allowed = allowed + 0.00157 * magnitude
-    limit = {"avx2": 8191 if nf4 else 32512, "avx512bf16": 32512}.get(isa)
-    if (
-        limit and few and not (isa == "avx512bf16" and nf4)
-    ):  # an element of x is off by half a step of its chunk
+    limit = {"avx2": 8191 if nf4 else 32512, "avx512bf16": 32512, "amx": 32512}.get(isa)
+    if limit and few and not (pairs and nf4):  # an element of x is off by half a step of its chunk
         peak = x.double().abs().amax(dim=-1, keepdim=True)
         allowed = allowed + peak / (2 * limit) * matrix.abs().sum(dim=1)
         if isa == "avx2" and nf4:

@@ -49,7 +49,7 @@ MATRICES: dict[str, Callable[[], torch.Tensor]] = {
 }
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16"], autouse=True)
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16", "amx"], autouse=True)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param not in kernels.require().available_isas():
         pytest.skip(f"this machine has no {request.param}")

@@ -1,10 +1,10 @@
 """The CPU kernels: weights repacked once, then multiplied without ever being dequantized in memory.
 
 `layout.h` draws the bytes of a repacked matrix, `product.inl` holds the kernels, one source that is compiled for
-each instruction set. `QUANTKIT_ISA` names one (`portable`, `avx2`, `avx512`, `avx512bf16`) in place of the best
-this machine has.
+each instruction set. `QUANTKIT_ISA` names one (`portable`, `avx2`, `avx512`, `avx512bf16`, `amx`) in place of the
+best this machine has.
 
-Factors are exact in float32, and for bfloat16 x too, with one exception: with `avx512bf16` NF4's codebook is
+Factors are exact in float32, and for bfloat16 x too, with one exception: from `avx512bf16` on NF4's codebook is
 rounded to bfloat16, at most 0.156% of a weight (`codebook.h`).
 """
 

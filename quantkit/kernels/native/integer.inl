@@ -86,6 +86,7 @@ void direct_integer(const Product& p, int64_t first, const uint32_t* x, const fl
         unroll<N>(EACH(n) {
             vf dots[M][PARTS];
             unroll<M>(EACH(row) { unroll<PARTS>(EACH(part) { dots[row][part] = sum[row][n][part]; }); });
+            prefetch_scales<N>(l, panel + n * panel_bytes, group);
             scale_group<I, M>(p, panel + n * panel_bytes, group, window, sums, dots);
             unroll<M>(EACH(row) { unroll<PARTS>(EACH(part) { totals[row][n][part] += dots[row][part]; }); });
         });

@@ -4,6 +4,11 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#ifdef QUANTKIT_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -13,7 +18,19 @@
 
 namespace {
 
-const char* const NAMES[] = {"portable", "avx2", "avx512", "avx512bf16"};
+const char* const NAMES[] = {"portable", "avx2", "avx512", "avx512bf16", "amx"};
+
+// Whether there are tiles for bfloat16, and the system lets this process use them.
+bool has_amx() {
+#ifdef QUANTKIT_AMX
+    constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool granted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                                syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    return granted;
+#else
+    return false;
+#endif
+}
 
 Isa best() {
 #ifdef QUANTKIT_X86
@@ -23,8 +40,8 @@ Isa best() {
     if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
         return Isa::avx2;
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? Isa::avx512bf16
-                                                                                        : Isa::avx512;
+    if (!(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))) return Isa::avx512;
+    return has_amx() ? Isa::amx : Isa::avx512bf16;
 #else
     return Isa::portable;
 #endif

@@ -19,7 +19,7 @@ constexpr int ROWS_DIRECT = 3, ROWS_TILE = 6, TILE_PANELS = 1, TILE_K = 1;
 template <Kind K>
 QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
 
-inline vf gather(const float* table, const int32_t* index) {
+inline vf look_up(const float* table, int64_t, const int32_t* index) {
     return _mm256_i32gather_ps(table, _mm256_load_si256(reinterpret_cast<const __m256i*>(index)), 4);
 }
 

@@ -12,23 +12,9 @@
 namespace avx512 {
 namespace {
 
-constexpr int LANES = 16;
-typedef __m512 vf;
+#include "lanes512.inl"
+
 constexpr int ROWS_DIRECT = 4, ROWS_TILE = 12, TILE_PANELS = 2, TILE_K = 1;
-
-template <Kind K>
-QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
-
-inline vf gather(const float* table, const int32_t* index) {
-    return _mm512_i32gather_ps(_mm512_load_si512(index), table, 4);
-}
-
-inline float horizontal(vf x) { return _mm512_reduce_add_ps(x); }
-
-inline vf load_bf16(const uint16_t* at) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
 
 #include "product.inl"
 

@@ -18,7 +18,7 @@ constexpr int ROWS_DIRECT = 2, ROWS_TILE = 2, TILE_PANELS = 1, TILE_K = 1;
 template <Kind K>
 QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
 
-inline vf gather(const float* table, const int32_t* index) {
+inline vf look_up(const float* table, int64_t, const int32_t* index) {
     vf out;
     for (int lane = 0; lane < LANES; ++lane) out[lane] = table[index[lane]];
     return out;

@@ -20,9 +20,15 @@ QUANTKIT_KERNELS(portable)
 QUANTKIT_KERNELS(avx2)
 QUANTKIT_KERNELS(avx512)
 QUANTKIT_KERNELS(avx512bf16)
+#ifdef QUANTKIT_AMX
+QUANTKIT_KERNELS(amx)
+#else
+namespace amx = avx512bf16;  // the compiler knows no tiles
+#endif
 // Calls the function of one level.
 #define QUANTKIT_CALL(LEVEL, FUNCTION, ARGUMENT)                           \
-    ((LEVEL) == Isa::avx512bf16 ? avx512bf16::FUNCTION(ARGUMENT)           \
+    ((LEVEL) == Isa::amx          ? amx::FUNCTION(ARGUMENT)                \
+     : (LEVEL) == Isa::avx512bf16 ? avx512bf16::FUNCTION(ARGUMENT)         \
      : (LEVEL) == Isa::avx512   ? avx512::FUNCTION(ARGUMENT)               \
      : (LEVEL) == Isa::avx2     ? avx2::FUNCTION(ARGUMENT)                 \
                                 : portable::FUNCTION(ARGUMENT))

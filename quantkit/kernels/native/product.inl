@@ -57,9 +57,10 @@ void* scratch(std::size_t bytes) {
 constexpr float from_bf16(uint16_t bits) { return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16); }
 
 constexpr uint16_t to_bf16(float value) {
-    const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
-    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+    const uint32_t bits = __builtin_bit_cast(uint32_t, value), upper = bits >> 16;
+    const uint32_t rounded = (bits + 0x7fffu + (upper & 1)) >> 16;
+    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;  // without a branch, so that loops become vectors
+    return static_cast<uint16_t>(nan ? upper | 0x40 : rounded);
 }
 
 inline float from_f16(uint16_t half) {
@@ -88,6 +89,7 @@ inline float element(const Product& p, int64_t row, int64_t column) {
 }
 
 // Scales that are rarer: float16, and NF4's nested ones.
+constexpr uint32_t NESTED_BLOCKS = NESTED;  // unsigned, so that a shift divides
 __attribute__((noinline)) inline void unfold_scales(const Product& p, const uint8_t* panel, int64_t group, vf* out) {
     const Layout& l = *p.layout;
     const uint8_t* at = panel + l.scales_at + group * PANEL * l.scale_bytes;
@@ -104,12 +106,13 @@ __attribute__((noinline)) inline void unfold_scales(const Product& p, const uint
     std::memcpy(&offset, nested + 4, 4);
     const auto* scales = reinterpret_cast<const float*>(nested + 8);
     alignas(64) int32_t codes[PANEL], blocks[PANEL];
-    for (int lane = 0; lane < PANEL; ++lane) {
+    const uint32_t first = start + static_cast<uint32_t>(group), groups = static_cast<uint32_t>(l.groups);
+    for (uint32_t lane = 0; lane < PANEL; ++lane) {
         codes[lane] = at[lane];
-        blocks[lane] = static_cast<int32_t>(start + lane * l.groups + group) / static_cast<int32_t>(NESTED);
+        blocks[lane] = static_cast<int32_t>((first + lane * groups) / NESTED_BLOCKS);
     }
     for (int part = 0; part < PARTS; ++part)
-        out[part] = gather(p.map, codes + part * LANES) * gather(scales, blocks + part * LANES) + offset;
+        out[part] = look_up(p.map, 256, codes + part * LANES) * look_up(scales, l.nested_scales, blocks + part * LANES) + offset;
 }
 
 // Scales of a group, divided by the engine's factor.
@@ -125,6 +128,12 @@ QUANTKIT_INLINE void load_scales(const Product& p, const uint8_t* panel, int64_t
         unfold_scales(p, panel, group, out);
     }
     if constexpr (E::FACTOR != 1) unroll<PARTS>(EACH(part) { out[part] = out[part] * (1 / E::FACTOR); });
+}
+
+// Prefetches a group's scales of the panel that is read after N at a time: too sparse a stream for the hardware.
+template <int N>
+QUANTKIT_INLINE void prefetch_scales(const Layout& l, const uint8_t* panel, int64_t group) {
+    __builtin_prefetch(panel + N * l.panel_bytes + l.scales_at + group * PANEL * l.scale_bytes, 0, 2);
 }
 
 // Zero points of a group, less the middle code.
@@ -261,6 +270,7 @@ void direct(const Product& p, int64_t first, const typename E::X* x, const float
         }
         unroll<N>(EACH(n) {
             const uint8_t* bytes = panel + n * panel_bytes;
+            prefetch_scales<N>(l, bytes, group);
             vf dots[M][PARTS];
             unroll<M>(EACH(row) {
                 unroll<PARTS>(EACH(part) {
