@@ -91,6 +91,7 @@ def measure(
                 x = torch.randn(m, shape[1]).bfloat16()
                 yield _cell(matrix, x, weight, beside, roof, effort)
                 progress(1)
+            del beside  # before the next matrix has copies
 
 
 def _cell(

@@ -23,6 +23,7 @@ ASSUMED_CACHE = 64 * MIB  # where the system does not say
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _BUFFER_BYTES, _QUICK_BUFFER_BYTES = 512 * MIB, 64 * MIB
+_OF_MEMORY = 24  # the share of memory that the copies of one thing take at most
 _PRODUCTS = ((256, 8192, 4096), (512, 4096, 4096), (1024, 4096, 2048))  # (M, N, K)
 _QUICK_PRODUCTS = ((256, 1024, 1024),)
 
@@ -39,7 +40,7 @@ def describe() -> Machine:
         threads=torch.get_num_threads(),
         isa=native.require().isa(),
         cache_bytes=last_level_cache(),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=memory_bytes(),
         torch=torch.__version__,
         quantkit=__version__,
     )
@@ -49,6 +50,19 @@ def last_level_cache() -> int:
     """Return the bytes of the largest cache that the first core sees."""
     sizes = [re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip()) for path in _CACHES.glob("index*/size")]
     return max((int(size[1]) * _UNITS.get(size[2], 1) for size in sizes if size), default=ASSUMED_CACHE)
+
+
+def uncached_bytes() -> int:
+    """Return how much to read so that little stays in a cache: four times the last level, if memory has the room.
+
+    A virtual machine may name a cache that many share, of which it has a part only.
+    """
+    return min(4 * last_level_cache(), memory_bytes() // _OF_MEMORY)
+
+
+def memory_bytes() -> int:
+    """Return the bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _cpu_name() -> str:
@@ -65,7 +79,7 @@ class Memory:
     """
 
     def __init__(self, quick: bool = False) -> None:
-        nbytes = _QUICK_BUFFER_BYTES if quick else max(_BUFFER_BYTES, 4 * last_level_cache())
+        nbytes = _QUICK_BUFFER_BYTES if quick else max(_BUFFER_BYTES, uncached_bytes())
         self._native = native.require()
         self._buffers = {"huge": self._buffer(nbytes, True), "4K": self._buffer(nbytes, False)}
         self.fastest = Reader("plain", "4K", 0.0)
@@ -77,9 +91,9 @@ class Memory:
         return buffer.fill_(1)
 
     def choose(self, effort: Effort) -> list[Reader]:
-        """Time every reader over its whole buffer and return them, the fastest first."""
+        """Time every reader over its whole buffer and return them, the fastest first; its buffer alone is kept."""
         ways = [(name, pages) for pages in self._buffers for name in self._native.readers()]
-        nbytes = self._buffers["huge"].numel()
+        nbytes = next(iter(self._buffers.values())).numel()
 
         def read(name: str, pages: str, turn: int) -> None:
             self._native.read(self._buffers[pages], name, torch.get_num_threads())
@@ -88,6 +102,7 @@ class Memory:
         readers = [Reader(*way, nbytes / median(times[way])) for way in ways]
         readers.sort(key=lambda reader: -reader.bytes_per_s)
         self.fastest = readers[0]
+        self._buffers = {self.fastest.pages: self._buffers[self.fastest.pages]}
         return readers
 
     def read(self, turn: int, nbytes: int) -> None:
@@ -103,7 +118,7 @@ class Memory:
 
     def readable(self, nbytes: int) -> int:
         """Return how much `read` takes for so many bytes: whole lines, and no more than there are."""
-        return min(-(-nbytes // LINE) * LINE, self._buffers["huge"].numel())
+        return min(-(-nbytes // LINE) * LINE, self._buffers[self.fastest.pages].numel())
 
 
 class Product:

@@ -92,7 +92,7 @@ def run(plan: Plan, progress: Callable[[int], None]) -> Bench:
     runs: tuple[ModelRun, ...] = ()
     if plan.kernels:
         effort = Effort(2, 0.0) if plan.quick else Effort(7, 0.7)
-        away = 0 if plan.quick else 4 * here.cache_bytes
+        away = 0 if plan.quick else machine.uncached_bytes()
         cells = tuple(kernels.measure(plan.shapes, plan.schemes, plan.rows, roof, effort, away, progress))
     if plan.models:
         effort = Effort(1, 0.0) if plan.quick else Effort(5, 15.0)
