@@ -57,7 +57,7 @@ def uncached_bytes() -> int:
 
     A virtual machine may name a cache that many share, of which it has a part only.
     """
-    return min(4 * last_level_cache(), memory_bytes() // _OF_MEMORY)
+    return min(4 * last_level_cache(), memory_bytes() // _OF_MEMORY) // MIB * MIB
 
 
 def memory_bytes() -> int:
