@@ -13,15 +13,12 @@ from quantkit.quantize import quantize
 from quantkit.quantize.packing import unpack_low_first, unpack_zeros
 from quantkit.schemes import SCHEMES, QuantScheme
 from quantkit.tensor import QuantizedTensor
+from tests.quantize.matrices import randn
 
 helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
 
 NAMES = [name for name, scheme in SCHEMES.items() if scheme.method == "int"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def randn(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 MATRICES: dict[str, Callable[[], torch.Tensor]] = {

@@ -15,24 +15,13 @@ from quantkit.quantize.integer import quantize_integer
 from quantkit.quantize.nf4 import quantize_nf4
 from quantkit.schemes import SCHEMES, QuantScheme, int_scheme, nf4_scheme
 from quantkit.tensor import QuantizedTensor
+from tests.quantize.matrices import mixed, randn
 
 pytestmark = pytest.mark.skipif(kernels.extension() is None, reason="the extension is not built")
 
 ODD_GROUPS = [int_scheme(4, 0, True), int_scheme(4, 24, False), int_scheme(4, 7, True), nf4_scheme(4096)]
 QUANTIZED = [scheme for scheme in SCHEMES.values() if scheme.quantized] + ODD_GROUPS
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def mixed() -> torch.Tensor:
-    """Return rows of very different sizes, rows of zeros and outliers among them."""
-    weight = randn(70, 96) * torch.logspace(-30, 4, 70)[:, None]
-    weight[::7] = 0
-    weight[3, 5], weight[40, 95] = 1e4, -1e4
-    return weight
 
 
 MATRICES: dict[str, Callable[[], torch.Tensor]] = {
