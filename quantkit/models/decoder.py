@@ -10,7 +10,6 @@ what `calculators/activations.py` lists, in this order. Change them together.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -21,6 +20,7 @@ from quantkit.models.attention import Attention, choose_path
 from quantkit.models.kv_cache import KVCache
 from quantkit.models.linear import Block, Fused, Linear, Weight
 from quantkit.models.native_decoder import NativeDecoder
+from quantkit.models.rope import rope_angles, rope_frequencies, rotate
 
 FUSED = {  # what a backend may run as one matrix: the parts share their input
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -55,7 +55,7 @@ class Decoder:
         self.blocks = [self._block(f"model.layers.{layer}") for layer in range(config.n_layers)]
         self.norm = self._plain("model.norm.weight")
         self.head = Linear(self.embedding) if config.tie_embeddings else self._linear("lm_head")
-        self._inverse_frequencies = rope_frequencies(config).to(self.device)
+        self._frequencies = rope_frequencies(config).to(self.device)
         self.attention = choose_path(attention, self.device, dtype, config.head_dim)
         self._native = NativeDecoder.of(config, self.blocks, self.norm, dtype)
 
@@ -85,7 +85,7 @@ class Decoder:
         tokens = ids.shape[1]
         cache.check_room(tokens)
         x = F.embedding(ids.contiguous(), self.embedding)  # (B, T, hidden); else it would copy them unseen
-        cos, sin = self._rope(cache.length, tokens)
+        cos, sin = rope_angles(self._frequencies, cache.length, tokens, self.dtype)
         if self._native is not None and self._native.takes(x, cache):
             return self._native(x, cos, sin, cache)
         attention = Attention(self.attention, tokens, cache.keys(tokens), cache.window(tokens), self.device)
@@ -155,12 +155,6 @@ class Decoder:
         scale = wide.square().mean(dim=-1, keepdim=True).add_(self.config.norm_eps).rsqrt_()
         return (wide * scale).to(x.dtype).mul_(weight)
 
-    def _rope(self, start: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines (T, 1, head_dim) of positions from `start`, in the compute dtype."""
-        positions = torch.arange(start, start + tokens, device=self.device, dtype=torch.float32)
-        angles = torch.outer(positions, self._inverse_frequencies).repeat(1, 2)[:, None]
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-
     def _block(self, prefix: str) -> Block:
         return Block(
             attention_norm=self._plain(f"{prefix}.input_layernorm.weight"),
@@ -192,30 +186,3 @@ class Decoder:
         weight = self.weights[name]
         assert isinstance(weight, torch.Tensor), f"{name} cannot be quantized"
         return weight
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply half-split RoPE to x (B, T, heads, head_dim) in place: element i pairs with i + head_dim / 2."""
-    first, second = x.chunk(2, dim=-1)
-    swapped = torch.cat((-second, first), dim=-1).mul_(sin)
-    return x.mul_(cos).add_(swapped)
-
-
-def rope_frequencies(config: ModelConfig) -> torch.Tensor:
-    """Return the float32 rotation per position of each pair, (head_dim / 2,).
-
-    Llama-3 scaling leaves wavelengths shorter than the original context / high_freq_factor alone,
-    divides those longer than it / low_freq_factor by `factor`, and blends between (Llama 3.1's
-    `apply_scaling`, https://github.com/meta-llama/llama-models).
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    if config.rope_divisors is not None:
-        return frequencies / torch.tensor(config.rope_divisors)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = blend.clamp(0.0, 1.0)
-    return frequencies * (blend + (1 - blend) / scaling.factor)
