@@ -22,18 +22,41 @@ _SMALLEST_BLOCK = 16  # rows of x that the tensor cores take
 def linear(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x @ W.T + bias for contiguous x (M, K), in x's dtype."""
     chosen, count = _tuning(x.device), x.shape[0]
-    half = x.dtype in (torch.bfloat16, torch.float16)
     with torch.cuda.device_of(x):
         if count == 0:
             return x.new_empty(0, matrix.rows)
-        if not matrix.flat:
-            if count == 1 and (matrix.kind in chosen.vector or not half):
-                return _vector(x, matrix, bias, chosen)
-            batch = chosen.batch(count)
-            if batch is not None and half:
-                return _batch(x, matrix, bias, batch, chosen.programs)
+        out = _products(x, matrix, bias, chosen)
+        if out is not None:
+            return _total(out, bias, x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, dequantize(matrix, x.dtype), bias)
+
+
+def parts(x: torch.Tensor, matrix: Tiles) -> torch.Tensor:
+    """Return (splits, M, N) whose sum, in the order of the splits, is x @ W.T for contiguous x (M, K).
+
+    float32 where there are several splits, else x's dtype.
+    """
+    with torch.cuda.device_of(x):
+        out = _products(x, matrix, None, _tuning(x.device))
+        if out is None:
+            return torch.nn.functional.linear(x, dequantize(matrix, x.dtype))[None]
+        return out if out.shape[0] > 1 else out.to(x.dtype)
+
+
+def _products(
+    x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, chosen: Tuning
+) -> torch.Tensor | None:
+    """Return parts (splits, M, N), a single one with the bias; None where no kernel takes so many rows."""
+    count, half = x.shape[0], x.dtype in (torch.bfloat16, torch.float16)
+    if matrix.flat:
+        return None
+    if count == 1 and (matrix.kind in chosen.vector or not half):
+        return _vector(x, matrix, bias, chosen)
+    batch = chosen.batch(count)
+    if batch is not None and half:
+        return _batch(x, matrix, bias, batch, chosen.programs)
+    return None
 
 
 def dequantize(matrix: Tiles, dtype: torch.dtype) -> torch.Tensor:
@@ -114,7 +137,7 @@ def _vector(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, chosen: T
         matrix.rows, matrix.cols, matrix.codes.shape[0],
         BIAS=bias is not None and out.shape[0] == 1, **constants,
     )  # fmt: skip
-    return _total(out, bias, x.dtype)
+    return out
 
 
 def _batch(
@@ -127,7 +150,7 @@ def _batch(
         x.shape[0], matrix.rows, matrix.cols, matrix.codes.shape[0],
         BIAS=bias is not None and out.shape[0] == 1, **constants,
     )  # fmt: skip
-    return _total(out, bias, x.dtype)
+    return out
 
 
 def _split_tiles(matrix: Tiles, block: int, step: int, programs: int) -> int:
