@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from quantkit.config import ModelConfig
 from quantkit.models.attention import Attention, choose_path
+from quantkit.models.cuda_decoder import CudaDecoder, Layers
 from quantkit.models.kv_cache import KVCache
 from quantkit.models.linear import Block, Fused, Linear, Weight
 from quantkit.models.native_decoder import NativeDecoder
@@ -37,6 +38,8 @@ class Decoder:
             `FUSED` lists there may be one matrix of that name.
         dtype: compute dtype.
         attention: `flash`, `math`, `sdpa`, or `auto` for the best there is on the weights' device.
+        fused: whether a decoded token may take a path of its own where there is one; else every step is an
+            operator of PyTorch's, which is what an estimate describes.
 
     Raises:
         BackendError: that attention cannot run here.
@@ -48,6 +51,7 @@ class Decoder:
         weights: Mapping[str, Weight],
         dtype: torch.dtype,
         attention: str = "auto",
+        fused: bool = True,
     ) -> None:
         self.config, self.dtype = config, dtype
         self.weights = dict(weights)
@@ -57,7 +61,9 @@ class Decoder:
         self.head = Linear(self.embedding) if config.tie_embeddings else self._linear("lm_head")
         self._frequencies = rope_frequencies(config).to(self.device)
         self.attention = choose_path(attention, self.device, dtype, config.head_dim)
-        self._native = NativeDecoder.of(config, self.blocks, self.norm, dtype)
+        layers = Layers(config, self.embedding, self.blocks, self.norm, self.head, self._frequencies)
+        self._native = NativeDecoder.of(config, self.blocks, self.norm, dtype) if fused else None
+        self._cuda = CudaDecoder.of(layers, dtype) if fused else None
 
     @property
     def weights_bytes(self) -> int:
@@ -84,6 +90,8 @@ class Decoder:
         """
         tokens = ids.shape[1]
         cache.check_room(tokens)
+        if self._cuda is not None and self._cuda.takes(ids, cache):
+            return self._cuda(ids, cache)[0].clone()[:, None]
         x = F.embedding(ids.contiguous(), self.embedding)  # (B, T, hidden); else it would copy them unseen
         cos, sin = rope_angles(self._frequencies, cache.length, tokens, self.dtype)
         if self._native is not None and self._native.takes(x, cache):
@@ -100,8 +108,12 @@ class Decoder:
         """Return float32 logits (..., vocab) of final states (..., hidden)."""
         return self.head(states).float()
 
+    @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, cache: KVCache, chunk: int = 2048) -> torch.Tensor:
         """Run a prompt (B, T) in chunks and return the float32 logits (B, vocab) of its last token."""
+        if self._cuda is not None and self._cuda.takes(ids, cache):
+            cache.check_room(1)
+            return self._cuda(ids, cache)[1].float()
         for piece in ids.split(chunk, dim=1):
             states = self.forward(piece, cache)
         return self.logits(states[:, -1])

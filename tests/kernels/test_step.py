@@ -24,7 +24,7 @@ TESTED = {"norm_kernel", "swiglu_kernel", "heads_kernel", "attention_kernel", "c
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("device", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("file", ["tests/kernels/step_cases.py"])
+@pytest.mark.parametrize("file", ["tests/kernels/step_cases.py", "tests/models/cuda_decoder_cases.py"])
 def test_a_token_meets_the_operators(file: str, device: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if device == "interpreter":
