@@ -115,7 +115,7 @@ class Token:
         cosines, sines = (each[:, 0, :half].contiguous() for each in angles)
         self._step = Step(
             batch, config.n_heads, config.n_kv_heads, config.head_dim, cache.slots, cache.bits,
-            0 if scales is None else scales.shape[-1], dtype, cosines, sines, cache.hadamard, self._position,
+            0 if scales is None else scales.shape[-1], dtype, cosines, sines, self._position,
         )  # fmt: skip
         self._slabs = []
         for layer in range(config.n_layers):

@@ -128,6 +128,11 @@ def head_rotation(
     while block.shape[0] < order:
         block = torch.cat((torch.cat((block, block), dim=1), torch.cat((block, -block), dim=1)))
     rotation = torch.block_diag(*[block] * (head_dim // order))
-    doublings = order.bit_length() - 1
-    queries, keys = rotation * 0.5 ** (doublings // 2), rotation * 0.5 ** (doublings - doublings // 2)
+    queries, keys = (rotation * factor for factor in rotation_factors(order))
     return queries.to(device, dtype), keys.to(device, dtype)
+
+
+def rotation_factors(order: int) -> tuple[float, float]:
+    """Return what the Hadamard matrix of that order is multiplied by for queries, and for keys."""
+    doublings = order.bit_length() - 1
+    return 0.5 ** (doublings // 2), 0.5 ** (doublings - doublings // 2)

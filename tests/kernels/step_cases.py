@@ -49,9 +49,8 @@ def make_step(
 ) -> Step:
     angles = [randn(POSITIONS, head_dim // 2, seed=seed).to(dtype) for seed in (5, 6)]
     groups = 0 if bits == 16 else head_dim // (group or head_dim)
-    rotations = head_rotation(head_dim, dtype, DEVICE) if bits < 16 else None
     return Step(
-        batch, HEADS, KV_HEADS, head_dim, slots, bits, groups, dtype, *angles, rotations,
+        batch, HEADS, KV_HEADS, head_dim, slots, bits, groups, dtype, *angles,
         torch.tensor([position], device=DEVICE),
     )  # fmt: skip
 
@@ -118,8 +117,9 @@ def test_heads_are_rotated_and_stored(head_dim: int, bits: int, group: int, dtyp
     heads = [added(parts, dtype).view(B, 1, -1, head_dim) for parts in (q, k, v)]
     cos, sin = (table[position].repeat(2)[None, None] for table in (made.cosines, made.sines))
     turned = [rotate(each.clone(), cos, sin) for each in heads[:2]]
-    if made.rotations is not None:
-        turned = [each @ rotation for each, rotation in zip(turned, made.rotations, strict=True)]
+    if bits < 16:
+        rotations = head_rotation(head_dim, dtype, DEVICE)
+        turned = [each @ rotation for each, rotation in zip(turned, rotations, strict=True)]
     # the Hadamard transform's sums are added in another order, which may turn a rounding
     torch.testing.assert_close(queries, turned[0][:, 0], rtol=0, atol=0 if bits == 16 else 2e-2)
     slot = position % slots

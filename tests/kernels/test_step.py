@@ -55,7 +55,7 @@ def make_step(bits: int, groups: int, dtype: torch.dtype, head_dim: int = 128, s
     from quantkit.kernels.triton.step import Step
 
     one = torch.empty(1)
-    return Step(1, 32, 8, head_dim, slots, bits, groups, dtype, one, one, None, one)
+    return Step(1, 32, 8, head_dim, slots, bits, groups, dtype, one, one, one)
 
 
 def attention(capability: int, step: Any) -> Compiled:
@@ -107,13 +107,12 @@ def test_heads_compile(cache: str, splits: int) -> None:
 
     step = make_step(*CACHES[cache], torch.bfloat16)
     sums, codes = "*bf16" if splits == 1 else "*fp32", "*u8" if step.groups else "*bf16"
-    scales, rotation = ("*fp16", "*bf16") if step.groups else (None, None)
+    scales = "*fp16" if step.groups else None
     types = {
         **dict.fromkeys(("q", "k", "v"), sums),
         **dict.fromkeys(("q_bias", "k_bias", "v_bias"), "*bf16" if splits == 1 else None),
         **dict.fromkeys(("q_stride", "k_stride", "v_stride", "slots", "batch"), "i32"),
         **dict.fromkeys(("cosines", "sines", "queries"), "*bf16"),
-        **dict.fromkeys(("q_rotation", "k_rotation"), rotation),
         **dict.fromkeys(("keys", "values"), codes),
         **dict.fromkeys(("key_scales", "value_scales"), scales),
         "position": "*i64",

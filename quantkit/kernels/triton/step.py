@@ -16,6 +16,7 @@ import triton
 from calculators.units import ceil_div
 from quantkit.kernels.triton import attention_kernels, step_kernels
 from quantkit.kernels.triton.launch import INTERPRETED
+from quantkit.quantize.vectors import rotation_factors
 
 _TENSOR_CORES = 16  # rows that they take at least
 _WORDS_WANTED = 32  # of a head: columns of the tensor cores for each of four warps
@@ -125,7 +126,6 @@ class Step:
         dtype: compute dtype, bfloat16 or float16.
         cosines: (positions, head_dim / 2), in the compute dtype.
         sines: likewise.
-        rotations: what queries and keys are multiplied by, each (head_dim, head_dim); None where the cache is plain.
         position: int64 (1,), the new token's; on the device.
     """
 
@@ -139,7 +139,6 @@ class Step:
     dtype: torch.dtype
     cosines: torch.Tensor
     sines: torch.Tensor
-    rotations: tuple[torch.Tensor, torch.Tensor] | None
     position: torch.Tensor
 
     @property
@@ -158,11 +157,10 @@ class Step:
         """Return queries (B, n_heads, head_dim), and write keys and values to the slot of the new token."""
         queries = torch.empty(self.batch, self.n_heads, self.head_dim, dtype=self.dtype, device=q.sums.device)
         constants = self.heads_constants(q.sums.shape[0], k.sums.shape[0], v.sums.shape[0])
-        q_rotation, k_rotation = self.rotations or (None, None)
-        step_kernels.heads_kernel[ceil_div(self.batch * self.n_heads, constants["ROWS"]), 3](
+        step_kernels.heads_kernel[self.batch * self.n_heads, 3](
             q.sums, k.sums, v.sums, q.bias, k.bias, v.bias,
             q.sums.stride(1), k.sums.stride(1), v.sums.stride(1), self.cosines, self.sines, self.position,
-            q_rotation, k_rotation, queries, slab.keys, slab.values, slab.key_scales, slab.value_scales,
+            queries, slab.keys, slab.values, slab.key_scales, slab.value_scales,
             self.slots, self.batch, **constants,
         )  # fmt: skip
         return queries
@@ -170,8 +168,8 @@ class Step:
     def heads_constants(self, q_splits: int, k_splits: int, v_splits: int) -> dict[str, Any]:
         """Return the compile-time arguments of `heads_kernel`."""
         block = triton.next_power_of_2(self.head_dim)
-        if self.groups:
-            block = max(block, 2 * _TENSOR_CORES)
+        order = self.head_dim & -self.head_dim if self.groups else 1
+        q_factor, k_factor = rotation_factors(order)
         return {
             "Q_SPLITS": q_splits,
             "K_SPLITS": k_splits,
@@ -180,11 +178,14 @@ class Step:
             "KV_HEADS": self.n_kv_heads,
             "WIDTH": self.head_dim,
             "BLOCK": block,
-            "ROWS": _TENSOR_CORES if self.groups else 1,
+            "ORDER": order,
+            "STAGES": order.bit_length() - 1,
+            "Q_FACTOR": q_factor,
+            "K_FACTOR": k_factor,
             "BITS": self.bits,
             "GROUP": block if self.groups < 2 else self.head_dim // self.groups,
             "INTERPRET": INTERPRETED,
-            "num_warps": 4 if self.groups else 1,
+            "num_warps": 1,  # whose threads add and compare without a barrier
             "enable_fp_fusion": False,  # products and sums round apart, as in the operators
         }
 

@@ -111,14 +111,17 @@ def swiglu_kernel(
 
 
 @triton.jit
-def _rotated(
-    first: tl.tensor, second: tl.tensor, cosines: tl.tensor, sines: tl.tensor,
-    dtype: tl.constexpr, INTERPRET: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Return both halves of heads after half-split RoPE, each product and the sum rounded."""
-    ahead = _rounded(first * cosines, dtype, INTERPRET) + _rounded(-second * sines, dtype, INTERPRET)
-    behind = _rounded(second * cosines, dtype, INTERPRET) + _rounded(first * sines, dtype, INTERPRET)
-    return _rounded(ahead, dtype, INTERPRET), _rounded(behind, dtype, INTERPRET)
+def _hadamard(x: tl.tensor, BLOCK: tl.constexpr, ORDER: tl.constexpr, STAGES: tl.constexpr) -> tl.tensor:
+    """Multiply each ORDER = 2**STAGES elements of x (BLOCK,) by the Hadamard matrix.
+
+    A stage takes the last bit of an element's place, adds and subtracts, and puts it first: once all bits went round
+    they stand as before.
+    """
+    y = tl.reshape(x, (BLOCK // ORDER, ORDER))
+    for _ in tl.static_range(STAGES):
+        even, odd = tl.split(tl.reshape(y, (BLOCK // ORDER, ORDER // 2, 2)))
+        y = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), (BLOCK // ORDER, ORDER))
+    return tl.reshape(y, (BLOCK,))
 
 
 @triton.jit
@@ -129,143 +132,115 @@ def _whole(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _store_codes(
-    values: tl.tensor, codes: tl.tensor, scales: tl.tensor, at: tl.tensor, mask: tl.tensor,
+    values: tl.tensor, codes: tl.tensor, scales: tl.tensor, at: tl.tensor,
     BITS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Quantize rows (ROWS, BLOCK), of which WIDTH elements count, as `quantize/vectors.py` does, to places `at`."""
+    """Quantize a vector (BLOCK,), of which WIDTH elements count, as `quantize/vectors.py` does, to place `at`."""
     GROUPS: tl.constexpr = BLOCK // GROUP
-    ROWS: tl.constexpr = values.shape[0]
     low: tl.constexpr = -(2.0 ** (BITS - 1))
     high: tl.constexpr = 2.0 ** (BITS - 1) - 1
     MOST: tl.constexpr = _MOST_STEPS_8 if BITS == 8 else _MOST_STEPS_4
     APART: tl.constexpr = _STEPS_APART_8 if BITS == 8 else _STEPS_APART_4
-    groups = tl.reshape(values, (ROWS, GROUPS, GROUP))
-    least, most = tl.min(groups, axis=2), tl.max(groups, axis=2)  # (ROWS, GROUPS)
+    groups = tl.reshape(values, (GROUPS, GROUP))
+    least, most = tl.min(groups, axis=1), tl.max(groups, axis=1)  # (GROUPS,)
     peak = tl.maximum(most, -least)
-    best = tl.zeros_like(peak)
-    best_error = tl.full((ROWS, GROUPS), float("inf"), tl.float32)
+    ones = tl.full((GROUPS,), 1.0, tl.float32)
+    best = tl.zeros((GROUPS,), tl.float32)
+    best_error = tl.full((GROUPS,), float("inf"), tl.float32)
     for number in tl.static_range(_TRIED):
-        scale = tl.div_rn(peak, tl.full(peak.shape, MOST - number * APART, tl.float32))
+        scale = tl.div_rn(peak, (MOST - number * APART) * ones)
         scale = tl.minimum(tl.maximum(scale, _LEAST_SCALE), _GREATEST_SCALE).to(tl.float16).to(tl.float32)
         scale = tl.where(least + most >= 0, -scale, scale)
-        exact = groups * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, :, None]
+        exact = groups * tl.div_rn(ones, scale)[:, None]
         lost = _whole(tl.minimum(tl.maximum(exact, low), high)) - exact
-        error = tl.sqrt_rn(tl.sum(lost * lost, axis=2)) * tl.abs(scale)
+        error = tl.sqrt_rn(tl.sum(lost * lost, axis=1)) * tl.abs(scale)
         better = error < best_error
-        if number == 0:
-            better = error == error
         best = tl.where(better, scale, best)
         best_error = tl.where(better, error, best_error)
-    best += tl.sum(groups * 0.0, axis=2)  # adds 0, or NaN where the group is not finite
-    exact = groups * tl.div_rn(tl.full(best.shape, 1.0, tl.float32), best)[:, :, None]
-    found = (_whole(tl.minimum(tl.maximum(exact, low), high)) - low).to(tl.int32)
-    found = tl.reshape(found, (ROWS, BLOCK))
+    best += tl.sum(groups * 0.0, axis=1)  # adds 0, or NaN where the group is not finite
+    exact = groups * tl.div_rn(ones, best)[:, None]
+    found = tl.reshape((_whole(tl.minimum(tl.maximum(exact, low), high)) - low).to(tl.int32), (BLOCK,))
     if BITS == 4:
-        even, odd = tl.split(tl.reshape(found, (ROWS, BLOCK // 2, 2)))
+        even, odd = tl.split(tl.reshape(found, (BLOCK // 2, 2)))
         found = even | (odd << 4)
-    BYTES: tl.constexpr = BLOCK * BITS // 8
     WIDTH_BYTES: tl.constexpr = WIDTH * BITS // 8
-    places = tl.arange(0, BYTES)[None, :]
-    tl.store(
-        codes + at[:, None] * WIDTH_BYTES + places, found.to(tl.uint8),
-        mask=mask[:, None] & (places < WIDTH_BYTES),
-    )  # fmt: skip
     KEPT: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
-    numbers = tl.arange(0, GROUPS)[None, :]
-    tl.store(
-        scales + at[:, None] * KEPT + numbers, best.to(tl.float16), mask=mask[:, None] & (numbers < KEPT)
-    )
+    places, numbers = tl.arange(0, BLOCK * BITS // 8), tl.arange(0, GROUPS)
+    tl.store(codes + at * WIDTH_BYTES + places, found.to(tl.uint8), mask=places < WIDTH_BYTES)
+    tl.store(scales + at * KEPT + numbers, best.to(tl.float16), mask=numbers < KEPT)
 
 
 @triton.jit
-def _heads(
+def _head(
     parts: tl.tensor, bias: tl.tensor, stride: tl.tensor, cosines: tl.tensor, sines: tl.tensor,
-    position: tl.tensor, rotation: tl.tensor, out: tl.tensor, scales: tl.tensor, slot: tl.tensor,
-    slots: tl.tensor, batch: tl.tensor,
+    position: tl.tensor, out: tl.tensor, scales: tl.tensor, slot: tl.tensor, slots: tl.tensor,
+    batch: tl.tensor,
     dtype: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROPE: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    BLOCK: tl.constexpr, ROPE: tl.constexpr, ORDER: tl.constexpr, STAGES: tl.constexpr,
+    FACTOR: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, INTERPRET: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Finish ROWS of the B * HEADS heads that a linear gave, and write each to its slot in `out`.
+    """Finish one of the B * HEADS heads that a linear gave, and write it to its slot in `out`.
 
-    RoPE where ROPE, then `rotation` (WIDTH, WIDTH) where there is one, then codes of BITS where that is less than 16.
+    RoPE where ROPE; then the Hadamard matrix of ORDER times FACTOR; then codes of BITS where that is less than 16.
     """
     HALF: tl.constexpr = WIDTH // 2
-    heads = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mask = heads < batch * HEADS
-    first_column = (heads % HEADS) * WIDTH
-    start = (heads // HEADS) * stride
-    count = batch * stride
-    at = heads.to(tl.int64) * slots + slot
-    if ROPE:
-        places = tl.arange(0, BLOCK // 2)
-        inside = places < HALF
-        both = mask[:, None] & inside[None, :]
-        columns = first_column[:, None] + places[None, :]
-        first = _total(parts, bias, start[:, None] + columns, columns, both, count, dtype, SPLITS, INTERPRET)
-        columns += HALF
-        second = _total(parts, bias, start[:, None] + columns, columns, both, count, dtype, SPLITS, INTERPRET)
-        angle = position * HALF + places
-        cosine = tl.load(cosines + angle, mask=inside, other=0.0).to(tl.float32)[None, :]
-        sine = tl.load(sines + angle, mask=inside, other=0.0).to(tl.float32)[None, :]
-        first, second = _rotated(first, second, cosine, sine, dtype, INTERPRET)
-        if rotation is None:
-            place = out + at[:, None] * WIDTH + places[None, :]
-            tl.store(place, first, mask=both)
-            tl.store(place + HALF, second, mask=both)
-        else:
-            whole = tl.arange(0, BLOCK)[None, :]
-            entry = rotation + places[:, None] * WIDTH + whole
-            there = inside[:, None] & (whole < WIDTH)
-            values = _product(first, tl.load(entry, mask=there, other=0.0), dtype, INTERPRET)
-            entry += HALF * WIDTH
-            values += _product(second, tl.load(entry, mask=there, other=0.0), dtype, INTERPRET)
-            values = _rounded(values, dtype, INTERPRET)
-            if BITS < 16:
-                _store_codes(values, out, scales, at, mask, BITS, GROUP, WIDTH, BLOCK)
-            else:
-                tl.store(out + at[:, None] * WIDTH + whole, values, mask=mask[:, None] & (whole < WIDTH))
-    else:
-        whole = tl.arange(0, BLOCK)[None, :]
-        columns = first_column[:, None] + whole
-        both = mask[:, None] & (whole < WIDTH)
-        values = _total(parts, bias, start[:, None] + columns, columns, both, count, dtype, SPLITS, INTERPRET)
+    head = tl.program_id(0)
+    if head < batch * HEADS:  # of keys and values there are fewer than of queries
+        places = tl.arange(0, BLOCK)
+        inside = places < WIDTH
+        columns = (head % HEADS) * WIDTH + places
+        start = (head // HEADS) * stride
+        count = batch * stride
+        x = _total(parts, bias, start + columns, columns, inside, count, dtype, SPLITS, INTERPRET)
+        if ROPE:
+            behind = places >= HALF
+            columns += tl.where(behind, -HALF, HALF)
+            other = _total(parts, bias, start + columns, columns, inside, count, dtype, SPLITS, INTERPRET)
+            angle = position * HALF + tl.where(behind, places - HALF, places)
+            cosine = tl.load(cosines + angle, mask=inside, other=0.0).to(tl.float32)
+            sine = tl.load(sines + angle, mask=inside, other=0.0).to(tl.float32)
+            turned = _rounded(tl.where(behind, other, -other) * sine, dtype, INTERPRET)
+            x = _rounded(_rounded(x * cosine, dtype, INTERPRET) + turned, dtype, INTERPRET)
+        if ORDER > 1:
+            x = _rounded(_hadamard(x, BLOCK, ORDER, STAGES) * FACTOR, dtype, INTERPRET)
+        at = head.to(tl.int64) * slots + slot
         if BITS < 16:
-            _store_codes(values, out, scales, at, mask, BITS, GROUP, WIDTH, BLOCK)
+            _store_codes(x, out, scales, at, BITS, GROUP, WIDTH, BLOCK)
         else:
-            tl.store(out + at[:, None] * WIDTH + whole, values, mask=both)
+            tl.store(out + at * WIDTH + places, x, mask=inside)
 
 
 @triton.jit
 def heads_kernel(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, q_bias: tl.tensor, k_bias: tl.tensor, v_bias: tl.tensor,
     q_stride: tl.tensor, k_stride: tl.tensor, v_stride: tl.tensor, cosines: tl.tensor, sines: tl.tensor,
-    position: tl.tensor, q_rotation: tl.tensor, k_rotation: tl.tensor, queries: tl.tensor, keys: tl.tensor,
-    values: tl.tensor, key_scales: tl.tensor, value_scales: tl.tensor, slots: tl.tensor, batch: tl.tensor,
+    position: tl.tensor, queries: tl.tensor, keys: tl.tensor, values: tl.tensor, key_scales: tl.tensor,
+    value_scales: tl.tensor, slots: tl.tensor, batch: tl.tensor,
     Q_SPLITS: tl.constexpr, K_SPLITS: tl.constexpr, V_SPLITS: tl.constexpr, HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, INTERPRET: tl.constexpr,
+    KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ORDER: tl.constexpr,
+    STAGES: tl.constexpr, Q_FACTOR: tl.constexpr, K_FACTOR: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, INTERPRET: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Write queries (B, HEADS, WIDTH), and keys and values to the token's slot. Program (ROWS heads, q, k or v).
+    """Write queries (B, HEADS, WIDTH), and keys and values to the token's slot. Program (head, q, k or v).
 
-    A head's elements are `WIDTH`; `BLOCK` is the next power of two, GROUP what shares a scale, padded likewise.
+    A head's elements are WIDTH; BLOCK is the next power of two, GROUP what shares a scale, padded likewise.
     """
     dtype: tl.constexpr = queries.dtype.element_ty
     kind = tl.program_id(1)
     here = tl.load(position).to(tl.int32)
     slot = here % slots
     if kind == 0:
-        _heads(
-            q, q_bias, q_stride, cosines, sines, here, q_rotation, queries, key_scales, 0, 1, batch,
-            dtype, Q_SPLITS, HEADS, WIDTH, BLOCK, ROWS, 16, GROUP, True, INTERPRET,
+        _head(
+            q, q_bias, q_stride, cosines, sines, here, queries, key_scales, 0, 1, batch, dtype, Q_SPLITS,
+            HEADS, WIDTH, BLOCK, True, ORDER, STAGES, Q_FACTOR, 16, GROUP, INTERPRET,
         )  # fmt: skip
     elif kind == 1:
-        _heads(
-            k, k_bias, k_stride, cosines, sines, here, k_rotation, keys, key_scales, slot, slots, batch,
-            dtype, K_SPLITS, KV_HEADS, WIDTH, BLOCK, ROWS, BITS, GROUP, True, INTERPRET,
+        _head(
+            k, k_bias, k_stride, cosines, sines, here, keys, key_scales, slot, slots, batch, dtype, K_SPLITS,
+            KV_HEADS, WIDTH, BLOCK, True, ORDER, STAGES, K_FACTOR, BITS, GROUP, INTERPRET,
         )  # fmt: skip
     else:
-        _heads(
-            v, v_bias, v_stride, cosines, sines, here, None, values, value_scales, slot, slots, batch,
-            dtype, V_SPLITS, KV_HEADS, WIDTH, BLOCK, ROWS, BITS, GROUP, False, INTERPRET,
+        _head(
+            v, v_bias, v_stride, cosines, sines, here, values, value_scales, slot, slots, batch, dtype,
+            V_SPLITS, KV_HEADS, WIDTH, BLOCK, False, 1, 0, 1.0, BITS, GROUP, INTERPRET,
         )  # fmt: skip
