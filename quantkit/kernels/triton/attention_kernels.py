@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit.kernels.triton.step_kernels import _LOG2_E, _POWER, _POWER_BITS, _product, _rounded
+from quantkit.kernels.triton.step_kernels import _LOG2_E, _product, _rounded
 
 
 @triton.jit
@@ -27,9 +27,13 @@ def _piece(
     if BITS == 16:
         piece = words
     else:
-        code = (words.to(tl.int32) >> (BITS * i)) & ((1 << BITS) - 1)
-        # the float32 2**23 + code, from which its zero point is taken exactly
-        value = (code | _POWER_BITS).to(tl.float32, bitcast=True) - (_POWER + (1 << (BITS - 1)))
+        IN_MANTISSA: tl.constexpr = 23 // BITS  # so many codes need no shift
+        PLACE: tl.constexpr = BITS * (i % IN_MANTISSA)
+        SHIFT: tl.constexpr = BITS * (i // IN_MANTISSA) * IN_MANTISSA
+        code = (words.to(tl.int32) >> SHIFT) & (((1 << BITS) - 1) << PLACE)
+        # the float32 2**(23 - PLACE) + code, from which its zero point is taken exactly
+        raised = (code | ((127 + 23 - PLACE) << 23)).to(tl.float32, bitcast=True)
+        value = raised - ((1 << (23 - PLACE)) + (1 << (BITS - 1)))
         if scale is not None:
             value = _rounded(value * scale, dtype, INTERPRET)
         piece = value if INTERPRET else value.to(dtype)

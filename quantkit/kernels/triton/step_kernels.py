@@ -24,8 +24,6 @@ _STEPS_APART_8, _STEPS_APART_4 = tl.constexpr(STEPS_APART[8]), tl.constexpr(STEP
 _LEAST_SCALE = tl.constexpr(2.0**-24)  # float16's
 _GREATEST_SCALE = tl.constexpr(65504.0)
 _TO_WHOLE = tl.constexpr(1.5 * 2.0**23)  # added and taken off again, it rounds to the nearest even integer
-_POWER = tl.constexpr(2.0**23)  # its mantissa holds whole numbers as they are
-_POWER_BITS = tl.constexpr((127 + 23) << 23)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
