@@ -156,6 +156,32 @@ def test_the_others_compile_and_load_16_bytes(splits: int) -> None:
     check(build(attention_kernels.combine_kernel, 90, types, made.combine_constants(), numbers), 90)
 
 
+@pytest.mark.parametrize(("place", "dtype"), [(3, torch.bfloat16), (6, torch.float16)], ids=str)
+def test_the_ptx_lays_every_code_over_16(place: int, dtype: torch.dtype) -> None:
+    """The instructions followed one by one: what the interpreter cannot run."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from quantkit.kernels.triton.attention_kernels import _nibbles
+
+    power = torch.tensor(16, dtype=dtype).view(torch.int16).item()
+    words = [0x3210, 0x7654, 0xBA98, 0xFEDC, 0x0F5A, 0xFFFF]
+    for low, high in itertools.product(words, words):
+        held = {"$4": low | high << 16}
+        for line in _nibbles(place, power).strip("{}").split(";"):
+            instruction, *operands = line.replace(",", " ").split() or [".reg"]
+            if instruction == ".reg":
+                continue
+            first, *numbers = held[operands[1]], *(int(each, 0) for each in operands[2:])
+            if instruction == "lop3.b32":
+                assert numbers.pop() == 0xEA  # a & b | c
+                held[operands[0]] = first & numbers[0] | numbers[1]
+            else:
+                moved = first >> numbers[0] if instruction == "shr.b32" else first << numbers[0]
+                held[operands[0]] = moved & 0xFFFFFFFF
+        for i in range(4):
+            pair = torch.tensor([held[f"${i}"]]).to(torch.uint32).view(dtype).tolist()
+            assert pair == [16 + (word >> 4 * i & 15) for word in (low, high)]
+
+
 def test_no_kernel_is_without_a_test() -> None:
     folder = ROOT / "quantkit" / "kernels" / "triton"
     launched = (folder / "step.py").read_text()

@@ -18,26 +18,75 @@ import triton.language as tl
 from quantkit.kernels.triton.step_kernels import _LOG2_E, _product, _rounded
 
 
+def _nibbles(place: int, power: int) -> str:
+    """Return PTX that lays the codes of two 16-bit words, $4, over floats of 16 whose bits are `power`, at `place`."""
+    lines = [".reg .b32 moved;"]
+    for i in range(4):
+        shift = 4 * i - place
+        lines.append(f"{'shr' if shift > 0 else 'shl'}.b32 moved, $4, {abs(shift)};")
+        mask, bits = 15 << place, (power << 16) | power
+        lines.append(
+            f"lop3.b32 ${i}, moved, {(mask << 16) | mask:#x}, {bits:#x}, 0xea;"
+        )  # moved & mask | bits
+    return "\n".join(["{", *lines, "}"])
+
+
+_NIBBLES_BF16 = tl.constexpr(_nibbles(3, 0x4180))
+_NIBBLES_FP16 = tl.constexpr(_nibbles(6, 0x4C00))
+_NIBBLES_ZERO = tl.constexpr(16 + 8)  # of codes laid over a 16
+
+
+@triton.jit
+def _nibble_pieces(words: tl.tensor, dtype: tl.constexpr, INTERPRET: tl.constexpr) -> tl.tensor:
+    """Return a tuple of the four codes of each 16-bit word, each plus 16: one instruction for each, no conversion."""
+    if INTERPRET:
+        pieces: tl.tensor = ()
+        for i in tl.static_range(4):
+            pieces += (((words.to(tl.int32) >> (4 * i)) & 15).to(tl.float32) + 16,)
+    elif dtype == tl.bfloat16:
+        pieces = tl.inline_asm_elementwise(
+            _NIBBLES_BF16, "=r,=r,=r,=r,r", [words], is_pure=True, pack=2,
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        )  # fmt: skip
+    else:
+        pieces = tl.inline_asm_elementwise(
+            _NIBBLES_FP16, "=r,=r,=r,=r,r", [words], is_pure=True, pack=2,
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+        )  # fmt: skip
+    return pieces
+
+
 @triton.jit
 def _piece(
     words: tl.tensor, i: tl.constexpr, scale: tl.tensor, dtype: tl.constexpr, BITS: tl.constexpr,
     INTERPRET: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Return code i of each word less its zero point, times `scale` where there is one, as `dtype` holds it."""
+    """Return code i of each word less its zero point, times `scale` where there is one."""
+    IN_MANTISSA: tl.constexpr = 23 // BITS  # so many codes need no shift
+    PLACE: tl.constexpr = BITS * (i % IN_MANTISSA)
+    SHIFT: tl.constexpr = BITS * (i // IN_MANTISSA) * IN_MANTISSA
+    code = (words.to(tl.int32) >> SHIFT) & (((1 << BITS) - 1) << PLACE)
+    # the float32 2**(23 - PLACE) + code, from which its zero point is taken exactly
+    raised = (code | ((127 + 23 - PLACE) << 23)).to(tl.float32, bitcast=True)
+    value = raised - ((1 << (23 - PLACE)) + (1 << (BITS - 1)))
+    if scale is not None:
+        value = _rounded(value * scale, dtype, INTERPRET)
+    return value if INTERPRET else value.to(dtype)
+
+
+@triton.jit
+def _pieces(
+    words: tl.tensor, scale: tl.tensor, dtype: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr,
+    INTERPRET: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return a tuple of the PER elements of each word."""
     if BITS == 16:
-        piece = words
+        pieces: tl.tensor = (words,)
     else:
-        IN_MANTISSA: tl.constexpr = 23 // BITS  # so many codes need no shift
-        PLACE: tl.constexpr = BITS * (i % IN_MANTISSA)
-        SHIFT: tl.constexpr = BITS * (i // IN_MANTISSA) * IN_MANTISSA
-        code = (words.to(tl.int32) >> SHIFT) & (((1 << BITS) - 1) << PLACE)
-        # the float32 2**(23 - PLACE) + code, from which its zero point is taken exactly
-        raised = (code | ((127 + 23 - PLACE) << 23)).to(tl.float32, bitcast=True)
-        value = raised - ((1 << (23 - PLACE)) + (1 << (BITS - 1)))
-        if scale is not None:
-            value = _rounded(value * scale, dtype, INTERPRET)
-        piece = value if INTERPRET else value.to(dtype)
-    return piece
+        pieces = ()
+        for i in tl.static_range(PER):
+            pieces += (_piece(words, i, scale, dtype, BITS, INTERPRET),)
+    return pieces
 
 
 @triton.jit
@@ -60,6 +109,9 @@ def attention_kernel(
     SCALED: tl.constexpr = GROUPS > 0
     EACH_KEY: tl.constexpr = GROUPS > 1
     EACH_VALUE: tl.constexpr = GROUPS > 1 or (GROUPS > 0 and dtype == tl.float16)
+    NIBBLES: tl.constexpr = BITS == 4 and PER == 4  # codes come with another zero point, which meets the sums
+    KEY_NIBBLES: tl.constexpr = NIBBLES and not EACH_KEY
+    VALUE_NIBBLES: tl.constexpr = NIBBLES and not EACH_VALUE
     split, splits, head = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     count = tl.minimum(tl.load(position).to(tl.int32) + 1, slots)
     span = tl.cdiv(tl.cdiv(count, BLOCK), splits) * BLOCK
@@ -82,6 +134,11 @@ def attention_kernel(
     if SCALED:
         key_scales += base * GROUPS
         value_scales += base * GROUPS
+    query_zero = tl.zeros((ROWS,), tl.float32)
+    if KEY_NIBBLES:
+        for i in tl.static_range(PER):
+            query_zero += _NIBBLES_ZERO * tl.sum(pieces[i].to(tl.float32), axis=1)
+    value_zero = tl.zeros((ROWS,), tl.float32)
     greatest = tl.full((ROWS,), float("-inf"), tl.float32)
     weights = tl.zeros((ROWS,), tl.float32)
     found: tl.tensor = ()
@@ -112,10 +169,14 @@ def attention_kernel(
         factor = tl.full((BLOCK,), scale, tl.float32)
         if SCALED and not EACH_KEY:
             factor *= tl.load(key_scales + at, mask=there, other=0.0).to(tl.float32)
-        scores = tl.zeros((ROWS, BLOCK), tl.float32)
+        if KEY_NIBBLES:
+            key_pieces = _nibble_pieces(key_words, dtype, INTERPRET)
+            scores = tl.zeros((ROWS, BLOCK), tl.float32) - query_zero[:, None]
+        else:
+            key_pieces = _pieces(key_words, key_scale, dtype, BITS, PER, INTERPRET)
+            scores = tl.zeros((ROWS, BLOCK), tl.float32)
         for i in tl.static_range(PER):
-            piece = _piece(key_words, i, key_scale, dtype, BITS, INTERPRET)
-            scores += _product(pieces[i], piece, dtype, INTERPRET)
+            scores += _product(pieces[i], key_pieces[i], dtype, INTERPRET)
         scores = tl.where(there[None, :], scores * factor[None, :] * _LOG2_E, float("-inf"))
         above = tl.maximum(greatest, tl.max(scores, axis=1))
         shrunk = tl.exp2(greatest - above)
@@ -124,11 +185,16 @@ def attention_kernel(
         greatest = above
         if SCALED and not EACH_VALUE:
             weight *= tl.load(value_scales + at, mask=there, other=0.0).to(tl.float32)[None, :]
-        weight = _rounded(weight, dtype, INTERPRET).to(dtype)
+        weight = _rounded(weight, dtype, INTERPRET)
+        if VALUE_NIBBLES:
+            value_pieces = _nibble_pieces(value_words, dtype, INTERPRET)
+            value_zero = value_zero * shrunk + _NIBBLES_ZERO * tl.sum(weight, axis=1)
+        else:
+            value_pieces = _pieces(value_words, value_scale, dtype, BITS, PER, INTERPRET)
         grown: tl.tensor = ()
         for i in tl.static_range(PER):
-            piece = _piece(value_words, i, value_scale, dtype, BITS, INTERPRET)
-            grown += (found[i] * shrunk[:, None] + _product(weight, piece, dtype, INTERPRET),)
+            added = _product(weight, value_pieces[i], dtype, INTERPRET)
+            grown += (found[i] * shrunk[:, None] + added,)
         found = grown
 
     place = head * splits + split
@@ -136,7 +202,7 @@ def attention_kernel(
     tl.store(stats + (place * 2 + 1) * ROWS + rows, weights)
     out = sums + (place * HEADS + rows[:, None]).to(tl.int64) * WIDTH + words[None, :] * PER
     for i in tl.static_range(PER):
-        tl.store(out + i, found[i], mask=inside[:, None] & whole[None, :])
+        tl.store(out + i, found[i] - value_zero[:, None], mask=inside[:, None] & whole[None, :])
 
 
 @triton.jit
