@@ -23,8 +23,8 @@ _WORDS_WANTED = 32  # of a head: columns of the tensor cores for each of four wa
 _AT_ONCE = 3 * 132  # programs of attention that a Hopper runs at the same time
 _FULL = 0.95  # share of such a wave, or of the last of several, that is worth no further split
 _MOST_SPLITS = 64
-_BLOCK = {16: 64, 8: 64, 4: 128}  # keys that a program reads at once, of heads up to
-_USUAL_HEAD = 128  # elements; of wider ones so many fewer
+_BLOCK = {16: 64, 8: 64, 4: 128}  # keys that a program reads at once
+_USUAL_HEAD = 128  # elements
 _WORD_BITS = (32, 16, 8)
 _WORDS = {32: torch.int32, 16: torch.int16, 8: torch.uint8}
 
@@ -219,7 +219,7 @@ class Step:
             "BLOCK": self._block,
             "INTERPRET": INTERPRETED,
             "num_warps": 4,
-            "num_stages": 3,
+            "num_stages": 2 if self.groups > 1 else 3,  # scales of several groups take registers, too
             "enable_fp_fusion": True,
         }
 
@@ -240,7 +240,10 @@ class Step:
 
     @property
     def _block(self) -> int:
-        return _BLOCK[self.bits] * _USUAL_HEAD // max(_USUAL_HEAD, triton.next_power_of_2(self.head_dim))
+        """Keys that a program reads at once; fewer where more registers go to elements, scales or addresses."""
+        keys = _BLOCK[self.bits] * _USUAL_HEAD // max(_USUAL_HEAD, triton.next_power_of_2(self.head_dim))
+        crowded = self.groups > 1 or self.head_dim & (self.head_dim - 1)
+        return keys // 2 if self.bits == 4 and crowded and self.head_dim <= _USUAL_HEAD else keys
 
     @property
     def _word_bits(self) -> int:
