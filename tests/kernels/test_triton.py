@@ -15,8 +15,8 @@ import torch
 from quantkit.errors import BackendError
 from quantkit.kernels import ops, reference
 from quantkit.kernels import triton as kernels
-from quantkit.kernels.triton import nf4_ptx
-from quantkit.kernels.triton.layout import tile_cols
+from quantkit.kernels.triton import unpack_ptx
+from quantkit.kernels.triton.layout import place, tile_cols
 from quantkit.quantize import quantize
 from quantkit.quantize.nf4 import NF4_CODEBOOK
 from quantkit.quantize.packing import unpack_zeros
@@ -70,9 +70,12 @@ def test_every_code_lies_where_the_drawing_says(scheme: QuantScheme, shape: tupl
     packed = kernels.pack([weight])
     tiles, (rows, cols), bits = packed.tiles, shape, scheme.bits
     n, k = torch.arange(rows)[:, None], torch.arange(cols)[None, :]
-    words = tiles.codes[k // tile_cols(bits), n, k % 16].long()
-    codes = words >> (k % tile_cols(bits) // 16 * bits) & (2**bits - 1)
-    if scheme.method == "nf4":
+    in_tile = k % tile_cols(bits)
+    i, half = in_tile // 32, in_tile % 32
+    nf4 = scheme.method == "nf4"
+    at = 4 * (i // 2) + 2 * (i % 2) + half % 2 if nf4 else half % 2 * (16 // bits) + i
+    codes = tiles.codes[k // tile_cols(bits), n, half // 2].long() >> at * bits & (2**bits - 1)
+    if nf4:
         found = torch.tensor(NF4_CODEBOOK)[codes]
         ones = torch.ones(weight.scales.shape)  # an absmax of 1
         plain = QuantizedTensor(SCHEMES["nf4"], shape, weight.codes, ones)
@@ -175,26 +178,34 @@ class TestChoice:
 
 
 class TestPtx:
-    """The instructions that unpack NF4, followed one by one: what the interpreter cannot run."""
+    """The instructions that unpack codes, followed one by one: what the interpreter cannot run."""
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_every_code_at_every_place(self, dtype: torch.dtype) -> None:
-        bits = [value & 0xFFFF for value in torch.tensor(NF4_CODEBOOK).to(dtype).view(torch.int16).tolist()]
-        codes = torch.randint(0, 16, (64, 2, 8), generator=torch.Generator().manual_seed(0)).tolist()
-        codes += [[[code] * 8, [15 - code] * 8] for code in range(16)]
-        for pair in codes:
-            words = [sum(code << (4 * place) for place, code in enumerate(word)) for word in pair]
-            found = follow(nf4_ptx.unpack(dtype), words)
-            assert found == [bits[pair[0][place]] | bits[pair[1][place]] << 16 for place in range(8)]
+    @pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
+    def test_every_code_at_every_place(self, kind: str, dtype: torch.dtype) -> None:
+        bits = 8 if kind == "int8" else 4
+        per = 16 // bits
+        values = torch.tensor(NF4_CODEBOOK) if kind == "nf4" else torch.arange(2.0**bits) - 2 ** (bits - 1)
+        expected = values.to(dtype)
+        codes = torch.arange(2**bits).repeat(2 * per, 1)  # each code everywhere, beside others
+        codes = torch.stack([row.roll(3 * at) for at, row in enumerate(codes)], dim=1).view(-1, 2, per)
+        places = [[place(bits, kind == "nf4", i, side) for i in range(per)] for side in range(2)]
+        for pair in codes.tolist():
+            word = sum(pair[side][i] << bits * places[side][i] for side in range(2) for i in range(per))
+            found = follow(unpack_ptx.unpack(kind, dtype), word, per)
+            halves = torch.tensor([[value & 0xFFFF, value >> 16] for value in found]).to(torch.uint16)
+            assert torch.equal(halves.view(dtype).T, expected[torch.tensor(pair)])
 
-    def test_constraints_are_of_the_operands(self) -> None:
-        operands = set(re.findall(r"\$\d+", nf4_ptx.unpack(torch.bfloat16)))
-        assert operands == {f"${i}" for i in range(len(nf4_ptx.CONSTRAINTS.split(",")))}
+    @pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
+    def test_constraints_are_of_the_operands(self, kind: str) -> None:
+        operands = set(re.findall(r"\$\d+", unpack_ptx.unpack(kind, torch.bfloat16)))
+        constraints = unpack_ptx.constraints(8 if kind == "int8" else 4)
+        assert operands == {f"${i}" for i in range(len(constraints.split(",")))}
 
 
-def follow(program: str, words: list[int]) -> list[int]:
-    """Return what $0 to $7 hold after a program of the five instructions below, which gets words in $8 and $9."""
-    held = {"$8": words[0], "$9": words[1]}
+def follow(program: str, word: int, count: int) -> list[int]:
+    """Return what $0, $1, ... hold after a program of the instructions below, which gets a word in ${count}."""
+    held = {f"${count}": word}
 
     def value(operand: str) -> int:
         return held[operand] if operand in held else int(operand, 0)
@@ -203,17 +214,36 @@ def follow(program: str, words: list[int]) -> list[int]:
         instruction, *operands = line.replace(",", " ").split() or [".reg"]
         if instruction == ".reg":
             continue
-        into, (first, second, *rest) = operands[0], [value(operand) for operand in operands[1:]]
-        if instruction == "shr.u32":
-            held[into] = first >> second
+        into, (first, *rest) = operands[0], [value(operand) for operand in operands[1:]]
+        if instruction == "mov.b32":
+            held[into] = first
+        elif instruction == "shr.u32":
+            held[into] = first >> rest[0]
         elif instruction == "and.b32":
-            held[into] = first & second
-        elif instruction == "or.b32":
-            held[into] = first | second
+            held[into] = first & rest[0]
+        elif instruction == "lop3.b32":
+            held[into] = logic(first, *rest)
+        elif instruction.startswith("fma.rn"):
+            held[into] = multiply_add(first, *rest, instruction.endswith("bf16x2"))
         else:
             assert instruction == "prmt.b32"
-            held[into] = permute(first, second, rest[0])
-    return [held[f"${i}"] for i in range(8)]
+            held[into] = permute(first, *rest)
+    return [held[f"${i}"] for i in range(count)]
+
+
+def logic(a: int, b: int, c: int, table: int) -> int:
+    """PTX ISA, `lop3`: bit 4 a + 2 b + c of the table is the result for the bits a, b, c of the operands."""
+    return sum((table >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1) << i for i in range(32))
+
+
+def multiply_add(a: int, b: int, c: int, bf16: bool) -> int:
+    """PTX ISA, `fma` of two 16-bit values in a register, rounded once."""
+    dtype = torch.bfloat16 if bf16 else torch.float16
+    x, y, z = (
+        torch.tensor([each & 0xFFFF, each >> 16]).to(torch.uint16).view(dtype).double() for each in (a, b, c)
+    )
+    low, high = (x * y + z).to(dtype).view(torch.uint16).tolist()
+    return int(low | high << 16)
 
 
 def permute(a: int, b: int, selection: int) -> int:

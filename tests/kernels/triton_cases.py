@@ -26,7 +26,7 @@ QUANTIZED = [scheme for scheme in SCHEMES.values() if scheme.quantized]
 ODD_GROUPS = [
     int_scheme(4, 0, True),
     int_scheme(4, 0, False),
-    int_scheme(4, 48, True),
+    int_scheme(4, 96, True),
     int_scheme(4, 256, False),
     nf4_scheme(128, True),
 ]

@@ -16,22 +16,16 @@ from quantkit.quantize.nf4 import NF4_CODEBOOK, dynamic_map_on
 
 INTERPRETED = not isinstance(kernels.vector_kernel, triton.JITFunction)  # TRITON_INTERPRET was set at import
 SUM_BLOCK = 512  # sums a program of `sum_kernel`
-_SMALLEST_BLOCK = 16  # rows of x that the tensor cores take
+_SMALLEST_BLOCK = 8  # rows of x that the tensor cores take
 
 
 def linear(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x @ W.T + bias for contiguous x (M, K), in x's dtype."""
-    chosen, count = _tuning(x.device), x.shape[0]
-    half = x.dtype in (torch.bfloat16, torch.float16)
     with torch.cuda.device_of(x):
-        if count == 0:
+        if x.shape[0] == 0:
             return x.new_empty(0, matrix.rows)
-        if not matrix.flat:
-            if count == 1 and (matrix.kind in chosen.vector or not half):
-                return _vector(x, matrix, bias, chosen)
-            batch = chosen.batch(count)
-            if batch is not None and half:
-                return _batch(x, matrix, bias, batch, chosen.programs)
+        if takes(x, matrix):
+            return _total(_parts(x, matrix, bias), bias, x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, dequantize(matrix, x.dtype), bias)
 
@@ -42,7 +36,7 @@ def dequantize(matrix: Tiles, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(matrix.rows, matrix.cols, dtype=_stored(dtype), device=matrix.codes.device)
     with torch.cuda.device_of(out):
         kernels.dequantize_kernel[ceil_div(matrix.rows, chosen.dequantize_rows), matrix.codes.shape[0]](
-            *_parts(matrix, torch.float32),
+            *_arguments(matrix, torch.float32),
             kernels.POWER,
             out,
             matrix.rows,
@@ -75,14 +69,15 @@ def vector_constants(matrix: Tiles, chosen: Tuning) -> dict[str, Any]:
     }
 
 
-def batch_constants(matrix: Tiles, batch: Batch, programs: int, lines: int) -> dict[str, Any]:
+def batch_constants(matrix: Tiles, batch: Batch, lines: int) -> dict[str, Any]:
     """Return the compile-time arguments of `batch_kernel` for so many rows of x."""
-    split_tiles = _split_tiles(matrix, batch.rows, 1, programs)
+    block = min(batch.lines, max(_SMALLEST_BLOCK, triton.next_power_of_2(lines)))
+    split_tiles = _split_tiles(matrix, batch.rows, 1, batch.programs // ceil_div(lines, block))
     return _constants(matrix) | {
         "EVEN": matrix.cols % (matrix.tile_cols * split_tiles) == 0,
         "SPLIT_TILES": split_tiles,
         "BLOCK_N": batch.rows,
-        "BLOCK_M": max(_SMALLEST_BLOCK, triton.next_power_of_2(lines)),
+        "BLOCK_M": block,
         "num_warps": batch.warps,
         "num_stages": batch.stages,
     }
@@ -106,28 +101,60 @@ def _constants(matrix: Tiles) -> dict[str, Any]:
     }
 
 
+def parts(x: torch.Tensor, matrix: Tiles) -> torch.Tensor:
+    """Return x @ W.T without a bias as parts (splits, M, N), which add up in their order.
+
+    Args:
+        x: (M, K), contiguous, of so many rows that a kernel takes them; see `takes`.
+        matrix: W, not `flat`.
+
+    Returns:
+        float32, or one part in x's dtype.
+    """
+    with torch.cuda.device_of(x):
+        return _parts(x, matrix, None)
+
+
+def _parts(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return the parts; a single one has the bias already."""
+    chosen = _tuning(x.device)
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    batch = chosen.batch(x.shape[0])
+    if x.shape[0] == 1 and (matrix.kind in chosen.vector or not half or batch is None):
+        return _vector(x, matrix, bias, chosen)
+    assert batch is not None
+    return _batch(x, matrix, bias, batch)
+
+
+def takes(x: torch.Tensor, matrix: Tiles) -> bool:
+    """Whether a kernel multiplies x (M, K) by the codes themselves."""
+    if matrix.flat:
+        return False
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return x.shape[0] == 1 or (half and _tuning(x.device).batch(x.shape[0]) is not None)
+
+
 def _vector(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, chosen: Tuning) -> torch.Tensor:
     constants = vector_constants(matrix, chosen)
     out = _sums(x, matrix, constants["SPLIT_TILES"])
     kernels.vector_kernel[ceil_div(matrix.rows, chosen.vector_rows), out.shape[0]](
-        x, *_parts(matrix, torch.float32), kernels.POWER, bias if out.shape[0] == 1 else None, out,
+        x, *_arguments(matrix, torch.float32), kernels.POWER, bias if out.shape[0] == 1 else None, out,
         matrix.rows, matrix.cols, matrix.codes.shape[0],
         BIAS=bias is not None and out.shape[0] == 1, **constants,
     )  # fmt: skip
-    return _total(out, bias, x.dtype)
+    return out
 
 
-def _batch(
-    x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, batch: Batch, programs: int
-) -> torch.Tensor:
-    constants = batch_constants(matrix, batch, programs, x.shape[0])
+def _batch(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    constants = batch_constants(matrix, batch, x.shape[0])
     out = _sums(x, matrix, constants["SPLIT_TILES"])
-    kernels.batch_kernel[ceil_div(matrix.rows, batch.rows), out.shape[0]](
-        x, *_parts(matrix, x.dtype), bias if out.shape[0] == 1 else None, out,
+    grid = ceil_div(matrix.rows, batch.rows), out.shape[0], ceil_div(x.shape[0], constants["BLOCK_M"])
+    kernels.batch_kernel[grid](
+        x, *_arguments(matrix, x.dtype), bias if out.shape[0] == 1 else None, out,
         x.shape[0], matrix.rows, matrix.cols, matrix.codes.shape[0],
         BIAS=bias is not None and out.shape[0] == 1, **constants,
     )  # fmt: skip
-    return _total(out, bias, x.dtype)
+    return out
 
 
 def _split_tiles(matrix: Tiles, block: int, step: int, programs: int) -> int:
@@ -166,7 +193,7 @@ def _stored(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED else dtype
 
 
-def _parts(matrix: Tiles, codebook: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+def _arguments(matrix: Tiles, codebook: torch.dtype) -> tuple[torch.Tensor | None, ...]:
     """Return the arguments that describe a matrix, NF4's values rounded to the dtype `codebook`."""
     return (
         matrix.codes,

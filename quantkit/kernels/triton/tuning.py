@@ -18,12 +18,16 @@ class Batch:
         rows: of the matrix, a program.
         warps: of a program.
         stages: tiles in flight.
+        programs: of one launch; K is split until there are about so many.
+        lines: rows of x a program at most.
     """
 
     limit: int
     rows: int
     warps: int
     stages: int
+    programs: int = 512
+    lines: int = 64
 
 
 @dataclass(frozen=True)
