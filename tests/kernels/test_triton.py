@@ -183,52 +183,91 @@ class TestPtx:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
     def test_every_code_at_every_place(self, kind: str, dtype: torch.dtype) -> None:
-        bits = 8 if kind == "int8" else 4
-        per = 16 // bits
-        values = torch.tensor(NF4_CODEBOOK) if kind == "nf4" else torch.arange(2.0**bits) - 2 ** (bits - 1)
-        expected = values.to(dtype)
+        bits, nf4 = 8 if kind == "int8" else 4, kind == "nf4"
+        per, codebook = 16 // bits, torch.tensor(NF4_CODEBOOK).to(dtype)
+        machine = Machine(codebook.float().tolist(), lane=5)
+        if nf4:
+            for thread in range(64):
+                machine.run(unpack_ptx.nf4_table(dtype), [1 << 40], thread)
+            assert len(machine.shared) == 256 * 32, "not all of the table is written"
+        program = unpack_ptx.nf4() if nf4 else unpack_ptx.integers(bits, dtype)
+        expected = codebook if nf4 else (torch.arange(2.0**bits) - 2 ** (bits - 1)).to(dtype)
         codes = torch.arange(2**bits).repeat(2 * per, 1)  # each code everywhere, beside others
         codes = torch.stack([row.roll(3 * at) for at, row in enumerate(codes)], dim=1).view(-1, 2, per)
-        places = [[place(bits, kind == "nf4", i, side) for i in range(per)] for side in range(2)]
         for pair in codes.tolist():
-            word = sum(pair[side][i] << bits * places[side][i] for side in range(2) for i in range(per))
-            found = follow(unpack_ptx.unpack(kind, dtype), word, per)
+            places = [(pair[side][i], place(bits, nf4, i, side)) for side in range(2) for i in range(per)]
+            found = machine.run(program, [*range(per), sum(code << bits * at for code, at in places)])[:per]
             halves = torch.tensor([[value & 0xFFFF, value >> 16] for value in found]).to(torch.uint16)
             assert torch.equal(halves.view(dtype).T, expected[torch.tensor(pair)])
 
-    @pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
-    def test_constraints_are_of_the_operands(self, kind: str) -> None:
-        operands = set(re.findall(r"\$\d+", unpack_ptx.unpack(kind, torch.bfloat16)))
-        constraints = unpack_ptx.constraints(8 if kind == "int8" else 4)
-        assert operands == {f"${i}" for i in range(len(constraints.split(",")))}
+    def test_constraints_are_of_the_operands(self) -> None:
+        for bits, program in ((8, unpack_ptx.integers(8, torch.bfloat16)), (4, unpack_ptx.nf4())):
+            operands = set(re.findall(r"\$\d+", program))
+            assert operands == {f"${i}" for i in range(len(unpack_ptx.CONSTRAINTS[bits].split(",")))}
 
 
-def follow(program: str, word: int, count: int) -> list[int]:
-    """Return what $0, $1, ... hold after a program of the instructions below, which gets a word in ${count}."""
-    held = {f"${count}": word}
+class Machine:
+    """Follows the instructions that `unpack_ptx` uses, one thread at a time.
 
-    def value(operand: str) -> int:
-        return held[operand] if operand in held else int(operand, 0)
+    Args:
+        codebook: 16 values in global memory, from 2**40 on.
+        lane: of every thread.
+    """
 
-    for line in program.strip("{}").split(";"):
-        instruction, *operands = line.replace(",", " ").split() or [".reg"]
-        if instruction == ".reg":
-            continue
+    TABLE = 1024  # where the shared variable lies
+
+    def __init__(self, codebook: list[float], lane: int) -> None:
+        self.codebook, self.lane, self.shared = codebook, lane, dict[int, int]()
+
+    def run(self, program: str, operands: list[int], thread: int = 0) -> list[int]:
+        """Return what $0, $1, ... hold after a program; `operands` are what its last ones hold before."""
+        count = len(set(re.findall(r"\$\d+", program)))
+        held: dict[str, int] = {
+            f"${count - len(operands) + at}": value for at, value in enumerate(operands)
+        } | {"%tid.x": thread, "%ntid.x": 64, "%laneid": self.lane, "quantkit_nf4_table": self.TABLE}
+        for line in re.sub(r"[{}]\n|\n}", "", program).split(";"):
+            words = line.replace(",", " ").split()
+            if not words or words[0] in (".reg", ".shared", "bar.sync"):
+                continue
+            if words[0].startswith("@") and not held[words.pop(0)[1:]]:
+                continue
+            self._step(words[0], words[1:], held)
+        return [held[f"${at}"] for at in range(count)]
+
+    def _step(self, instruction: str, operands: list[str], held: dict[str, int]) -> None:
+        def value(operand: str) -> int:
+            operand = operand.strip("[]{}")
+            return held[operand] if operand in held else int(operand, 0)
+
+        name, *kind = instruction.split(".")
+        if name == "st":
+            for at, word in enumerate(operands[1:]):
+                address = value(operands[0]) + 4 * at - self.TABLE
+                assert address not in self.shared or self.shared[address] == value(word)
+                self.shared[address] = value(word)
+            return
         into, (first, *rest) = operands[0], [value(operand) for operand in operands[1:]]
-        if instruction == "mov.b32":
-            held[into] = first
-        elif instruction == "shr.u32":
-            held[into] = first >> rest[0]
-        elif instruction == "and.b32":
-            held[into] = first & rest[0]
-        elif instruction == "lop3.b32":
+        if name == "ld":
+            shared = "shared" in kind
+            held[into] = self.shared[first - self.TABLE] if shared else (first - (1 << 40)) // 4
+        elif name == "cvt":  # `ld` gave the codes, whose values meet here
+            dtype = torch.bfloat16 if "bf16x2" in kind else torch.float16
+            pair = torch.tensor([self.codebook[rest[0]], self.codebook[first]]).to(dtype).view(torch.uint16)
+            held[into] = int(pair[0]) | int(pair[1]) << 16
+        elif name == "fma":
+            held[into] = multiply_add(first, *rest, "bf16x2" in kind)
+        elif name == "lop3":
             held[into] = logic(first, *rest)
-        elif instruction.startswith("fma.rn"):
-            held[into] = multiply_add(first, *rest, instruction.endswith("bf16x2"))
         else:
-            assert instruction == "prmt.b32"
-            held[into] = permute(first, *rest)
-    return [held[f"${i}"] for i in range(count)]
+            held[into] = {
+                "mov": lambda: first,
+                "shr": lambda: first >> rest[0],
+                "shl": lambda: first << rest[0] & 0xFFFFFFFF,
+                "and": lambda: first & rest[0],
+                "add": lambda: first + rest[0],
+                "mad": lambda: first * rest[0] + rest[1],
+                "setp": lambda: int(first < rest[0]),
+            }[name]()
 
 
 def logic(a: int, b: int, c: int, table: int) -> int:
@@ -244,15 +283,3 @@ def multiply_add(a: int, b: int, c: int, bf16: bool) -> int:
     )
     low, high = (x * y + z).to(dtype).view(torch.uint16).tolist()
     return int(low | high << 16)
-
-
-def permute(a: int, b: int, selection: int) -> int:
-    """PTX ISA, `prmt`: each nibble of the selection picks a byte of {b, a}; its high bit copies the sign instead."""
-    source, result = a | b << 32, 0
-    for place in range(4):
-        nibble = selection >> (4 * place) & 15
-        byte = source >> (8 * (nibble & 7)) & 0xFF
-        if nibble & 8:
-            byte = 0xFF if byte & 0x80 else 0
-        result |= byte << (8 * place)
-    return result

@@ -13,6 +13,9 @@ entry share one access. Selecting among 16 constants would take 15 instructions 
 for one of its own Triton chooses a layout, and moves every operand to it through shared memory. The interpreter knows
 no PTX; INTERPRET takes the plain load.
 
+With OVERLAP a kernel starts while the one before it ends (programmatic dependent launch, from capability 9.0 on): it
+asks for its first weights, waits until all before it is written, and lets the next one start likewise.
+
 Nothing depends on the order in which programs run: where K is split, sums go to a workspace, and `sum_kernel` adds
 them in the order of K.
 """
@@ -22,6 +25,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit.kernels.triton import unpack_ptx
 from quantkit.kernels.triton.layout import SPAN, TILE
@@ -32,12 +36,29 @@ _SPAN = tl.constexpr(SPAN)
 _NESTED_GROUP = tl.constexpr(NESTED_GROUP)
 POWER = (127 + 23) << 23  # bits of the float32 2**23
 _POWER = tl.constexpr(POWER)
-_INT8_BF16, _INT4_BF16, _NF4_BF16, _INT8_FP16, _INT4_FP16, _NF4_FP16 = (
-    tl.constexpr(unpack_ptx.unpack(kind, dtype))
+_INT8_BF16, _INT4_BF16, _INT8_FP16, _INT4_FP16 = (
+    tl.constexpr(unpack_ptx.integers(bits, dtype))
     for dtype in (torch.bfloat16, torch.float16)
-    for kind in ("int8", "int4", "nf4")
+    for bits in (8, 4)
 )
-_FROM_INT8, _FROM_4_BITS = (tl.constexpr(unpack_ptx.constraints(bits)) for bits in (8, 4))
+_NF4 = tl.constexpr(unpack_ptx.nf4())
+_TABLE_BF16, _TABLE_FP16 = (
+    tl.constexpr(unpack_ptx.nf4_table(dtype)) for dtype in (torch.bfloat16, torch.float16)
+)
+_FROM_8_BITS, _FROM_4_BITS = (tl.constexpr(unpack_ptx.CONSTRAINTS[bits]) for bits in (8, 4))
+_TO_TABLE = tl.constexpr(unpack_ptx.TABLE_CONSTRAINTS)
+
+
+_PREFETCH = tl.constexpr(
+    "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0; "
+    "@first cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
+)
+
+
+@triton.jit
+def _prefetch(at: tl.tensor, nbytes: tl.tensor) -> None:
+    """Ask for `nbytes`, a multiple of 16, from the pointer `at` on to be in L2."""
+    tl.inline_asm_elementwise(_PREFETCH, "=r,l,r", [at, nbytes], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -131,7 +152,7 @@ def vector_kernel(
     out: tl.tensor, N: tl.tensor, K: tl.tensor, tiles: tl.tensor,
     BITS: tl.constexpr, NF4: tl.constexpr, ZEROS: tl.constexpr, NESTED: tl.constexpr, GROUP: tl.constexpr,
     SPANS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, INTERPRET: tl.constexpr,
-    SPLIT_TILES: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
+    SPLIT_TILES: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """Multiply x (K,) by BLOCK_N rows over SPLIT_TILES tiles: out (splits, N). Program (row block, split).
 
@@ -144,6 +165,13 @@ def vector_kernel(
     inside = tl.minimum(rows, N - 1)[:, None]  # rows beyond N are computed as the last, and not stored
     words_at, span_at = tl.arange(0, _TILE), tl.arange(0, _SPAN)
     sums = tl.zeros((BLOCK_N, _SPAN), tl.float32)
+    if OVERLAP:
+        gdc_launch_dependents()
+        first_row = tl.program_id(0) * BLOCK_N
+        for u in tl.static_range(UNROLL):
+            tile = tl.minimum(split * SPLIT_TILES + u, tiles - 1)
+            _prefetch(codes + (tile * N + first_row) * _TILE, 4 * _TILE * tl.minimum(BLOCK_N, N - first_row))
+        gdc_wait()
     for first in range(0, SPLIT_TILES, UNROLL):
         for u in tl.static_range(UNROLL):
             tile = split * SPLIT_TILES + first + u
@@ -177,6 +205,15 @@ def vector_kernel(
 
 
 @triton.jit
+def _write_table(codebook: tl.tensor, like: tl.constexpr) -> None:
+    """Write the table of NF4's pairs, in which `_pieces` looks up, to shared memory."""
+    tl.inline_asm_elementwise(
+        _TABLE_BF16 if like == tl.bfloat16 else _TABLE_FP16, _TO_TABLE, [codebook],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _pieces(
     codes: tl.tensor, at: tl.tensor, codebook: tl.tensor, like: tl.constexpr,
     BITS: tl.constexpr, NF4: tl.constexpr, INTERPRET: tl.constexpr,
@@ -194,25 +231,35 @@ def _pieces(
     else:
         halves = tl.load(codes.to(tl.pointer_type(tl.int16)) + 2 * at + tl.arange(0, _SPAN)[None, :])
         if like == tl.bfloat16:
-            if BITS == 8:
+            if NF4:
                 pieces = tl.inline_asm_elementwise(
-                    _INT8_BF16, _FROM_INT8, [halves], is_pure=True, pack=2, dtype=(tl.bfloat16, tl.bfloat16)
-                )
-            else:
-                pieces = tl.inline_asm_elementwise(
-                    _NF4_BF16 if NF4 else _INT4_BF16, _FROM_4_BITS, [halves], is_pure=True, pack=2,
+                    _NF4, _FROM_4_BITS, [halves], is_pure=True, pack=2,
                     dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
                 )  # fmt: skip
-        else:
-            if BITS == 8:
+            elif BITS == 4:
                 pieces = tl.inline_asm_elementwise(
-                    _INT8_FP16, _FROM_INT8, [halves], is_pure=True, pack=2, dtype=(tl.float16, tl.float16)
-                )
+                    _INT4_BF16, _FROM_4_BITS, [halves], is_pure=True, pack=2,
+                    dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                )  # fmt: skip
             else:
                 pieces = tl.inline_asm_elementwise(
-                    _NF4_FP16 if NF4 else _INT4_FP16, _FROM_4_BITS, [halves], is_pure=True, pack=2,
+                    _INT8_BF16, _FROM_8_BITS, [halves], is_pure=True, pack=2, dtype=(tl.bfloat16, tl.bfloat16)
+                )
+        else:
+            if NF4:
+                pieces = tl.inline_asm_elementwise(
+                    _NF4, _FROM_4_BITS, [halves], is_pure=True, pack=2,
                     dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
                 )  # fmt: skip
+            elif BITS == 4:
+                pieces = tl.inline_asm_elementwise(
+                    _INT4_FP16, _FROM_4_BITS, [halves], is_pure=True, pack=2,
+                    dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+                )  # fmt: skip
+            else:
+                pieces = tl.inline_asm_elementwise(
+                    _INT8_FP16, _FROM_8_BITS, [halves], is_pure=True, pack=2, dtype=(tl.float16, tl.float16)
+                )
     return pieces
 
 
@@ -239,7 +286,8 @@ def batch_kernel(
     out: tl.tensor, M: tl.tensor, N: tl.tensor, K: tl.tensor, tiles: tl.tensor,
     BITS: tl.constexpr, NF4: tl.constexpr, ZEROS: tl.constexpr, NESTED: tl.constexpr, GROUP: tl.constexpr,
     SPANS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, INTERPRET: tl.constexpr,
-    SPLIT_TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    SPLIT_TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SCALED: tl.constexpr,
+    OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
 ) -> None:  # fmt: skip
     """Multiply BLOCK_M rows of x (M, K) by BLOCK_N rows over SPLIT_TILES tiles: out (splits, M, N).
 
@@ -255,14 +303,24 @@ def batch_kernel(
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = tl.minimum(rows, N - 1)[:, None]
     lines = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    x_at = x + tl.minimum(lines, M - 1) * K  # rows beyond M are computed as the last, and not stored
+    x_at = x + lines * K
     span_at = tl.arange(0, _SPAN)[:, None]
     ones = tl.full((BLOCK_N, _SPAN), 1.0, dtype)
+    if OVERLAP:
+        gdc_launch_dependents()
+        first_row = tl.program_id(0) * BLOCK_N
+        for step in tl.static_range(AHEAD):
+            tile = tl.minimum(split * SPLIT_TILES + step, tiles - 1)
+            _prefetch(codes + (tile * N + first_row) * _TILE, 4 * _TILE * tl.minimum(BLOCK_N, N - first_row))
+    if NF4 and not INTERPRET:
+        _write_table(codebook, dtype)
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if GROUP > 0:
         ahead = _tile_scales(
             scales, nested, offset, dynamic_map, inside, split * SPLIT_TILES, N, K, PER, SPANS, GROUP, NESTED
         )
+    if OVERLAP:
+        gdc_wait()
     for step in range(SPLIT_TILES):
         tile = split * SPLIT_TILES + step
         there = tile if EVEN else tl.minimum(tile, tiles - 1)
@@ -274,16 +332,17 @@ def batch_kernel(
             )
         for span in tl.static_range(PER // SPANS):
             part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            if GROUP == 0 and not ZEROS:
+            if (GROUP == 0 or SCALED) and not ZEROS:
                 part = sums
             x_sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for i in tl.static_range(span * SPANS, (span + 1) * SPANS):
                 columns = (tile * PER + i) * _SPAN + span_at
-                if EVEN:
-                    x_i = tl.load(x_at + columns).to(dtype)
+                mask = lines < M if EVEN else (lines < M) & (columns < K)
+                x_i = tl.load(x_at + columns, mask=mask, other=0.0).to(dtype)
+                if SCALED:
+                    part = tl.dot(pieces[i] * tile_scales[span].to(dtype), x_i, part)
                 else:
-                    x_i = tl.load(x_at + columns, mask=columns < K, other=0.0).to(dtype)
-                part = tl.dot(pieces[i], x_i, part)
+                    part = tl.dot(pieces[i], x_i, part)
                 if ZEROS:
                     x_sums = tl.dot(ones, x_i, x_sums)
             if ZEROS:
@@ -292,7 +351,7 @@ def batch_kernel(
                     group = tl.minimum((tile * PER + span * SPANS) * _SPAN, K - 1) // GROUP
                 zero = _zero(zeros, inside, group, N, BITS, ZEROS)
                 part -= (zero - (1 << (BITS - 1))) * x_sums
-            if GROUP > 0:
+            if GROUP > 0 and not SCALED:
                 sums += part * tile_scales[span]
             elif ZEROS:
                 sums += part
@@ -309,9 +368,12 @@ def batch_kernel(
 @triton.jit
 def sum_kernel(
     parts: tl.tensor, bias: tl.tensor, out: tl.tensor, count: tl.tensor, N: tl.tensor,
-    SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """Add parts (SPLITS, M, N), `count` = M N, in their order, and the bias: out (M, N)."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     total = tl.zeros((BLOCK,), tl.float32)

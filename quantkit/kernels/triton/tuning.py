@@ -20,6 +20,7 @@ class Batch:
         stages: tiles in flight.
         programs: of one launch; K is split until there are about so many.
         lines: rows of x a program at most.
+        scaled: whether scales meet the matrix, rounded to x's dtype, and not the sums.
     """
 
     limit: int
@@ -28,6 +29,7 @@ class Batch:
     stages: int
     programs: int = 512
     lines: int = 64
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Tuning:
         vector_warps: of a program.
         dequantize_rows: of the matrix, a program of `dequantize_kernel`.
         dequantize_warps: of a program.
+        overlap: whether kernels start while the one before them ends.
     """
 
     programs: int
@@ -53,6 +56,7 @@ class Tuning:
     vector_warps: int = 4
     dequantize_rows: int = 64
     dequantize_warps: int = 4
+    overlap: bool = False
 
     def batch(self, rows: int) -> Batch | None:
         """Return the launch of `batch_kernel` for so many rows of x, None where there are too many."""
@@ -65,7 +69,9 @@ FAMILIES = {
     80: Tuning(512, (Batch(32, rows=64, warps=4, stages=4), Batch(64, rows=128, warps=8, stages=2))),
     86: Tuning(384, (Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
     89: Tuning(512, (Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
-    90: Tuning(640, (Batch(32, rows=64, warps=4, stages=4), Batch(64, rows=64, warps=8, stages=3))),
+    90: Tuning(
+        640, (Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=64, warps=8, stages=3)), overlap=True
+    ),
     100: Tuning(640, ()),  # what Triton makes of `batch_kernel` for these tensor cores was not looked into
     120: Tuning(640, (Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
 }

@@ -6,10 +6,10 @@ neighbours along K share a register, as the tensor cores take them (`layout.py` 
 - Integers: a mask lays the bits of two codes into the mantissas of two values of a power of two, of which one fused
   multiply-add subtracts the power and the symmetric zero point. bfloat16 has 7 bits of mantissa: the eighth bit of an
   int8 code chooses between two powers to subtract. All of that is exact.
-- NF4: `prmt` looks four codes up in a table of 8 bytes at once. The 16 values are two such tables for each of their
-  two bytes: so for four codes and each byte, one look-up in either half by the codes' low three bits, then one that
-  takes, for each code, the half that its fourth bit names. The halves' codes lie in turns, so that the looked-up bytes
-  of a pair are neighbours.
+- NF4: a table in shared memory holds the pair of values of every byte, so of two codes. Each lane of a warp has a
+  table of its own in a bank of its own, so that no two lanes wait for each other: 32 KiB, which each program writes
+  before it begins. That takes half a look-up and one other instruction a weight; `prmt`, which looks four bytes up in a
+  table of eight, would take 2.6.
 """
 
 from __future__ import annotations
@@ -18,22 +18,79 @@ from collections.abc import Iterator
 
 import torch
 
-from quantkit.quantize.nf4 import NF4_CODEBOOK
-
 _AND_OR, _AND_XOR = 0xEA, 0x6A  # of `lop3`: (a & b) | c and (a & b) ^ c
 _FORM = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
 _POWER = {torch.bfloat16: 128.0, torch.float16: 1024.0}  # its mantissa counts in ones
 
 
-def constraints(bits: int) -> str:
-    """Return the constraints of the operands: 16 / bits registers out, one word in."""
-    return ",".join(["=r"] * (16 // bits) + ["r"])
+_TABLE, _LANES, _ENTRIES = "quantkit_nf4_table", 32, 256
+TABLE_BYTES = 4 * _LANES * _ENTRIES
+LEAST_THREADS = 64  # that write the table
+CONSTRAINTS = {bits: ",".join(["=r"] * (16 // bits) + ["r"]) for bits in (4, 8)}
+TABLE_CONSTRAINTS = "=r,l"  # nothing, and the codebook's address
 
 
-def unpack(kind: str, dtype: torch.dtype) -> str:
-    """Return the instructions for codes of a kind (`int8`, `int4`, `nf4`) as values of a 16-bit `dtype`."""
-    lines = _nf4(dtype) if kind == "nf4" else _integers(4 if kind == "int4" else 8, dtype)
+def integers(bits: int, dtype: torch.dtype) -> str:
+    """Return the instructions for symmetric integers: $0, $1, ... become pairs in a 16-bit `dtype`, from one word."""
+    return "\n".join(["{", *_integers(bits, dtype), "}"])
+
+
+def nf4() -> str:
+    """Return the instructions for NF4: $0 to $3 become pairs, from the word $4, by the table that was written."""
+    lines = [
+        ".reg .b32 at, bank, table;",
+        "mov.u32 bank, %laneid;",
+        "shl.b32 bank, bank, 2;",
+        f"mov.u32 table, {_TABLE};",
+    ]
+    for byte in range(4):  # to the place of a row's number, the table's rows having 128 bytes
+        shift = 8 * byte - 7
+        lines += [
+            f"shr.u32 at, $4, {shift};" if shift > 0 else f"shl.b32 at, $4, {-shift};",
+            f"lop3.b32 at, at, {(_ENTRIES - 1) * 4 * _LANES:#x}, bank, {_AND_OR:#x};",
+            "add.u32 at, at, table;",
+            f"ld.shared.b32 ${byte}, [at];",
+        ]
     return "\n".join(["{", *lines, "}"])
+
+
+def nf4_table(dtype: torch.dtype) -> str:
+    """Return the instructions that write the table of pairs in `dtype`, from the codebook at $1; $0 means nothing.
+
+    All threads of a program run it, LEAST_THREADS or more: thread t writes rows t, t + threads, ... The chunks of a row
+    are written from another one on by each lane, so that stores meet different banks. The variable is declared outside
+    of the braces, for whatever comes later in the kernel.
+    """
+    lines = [
+        ".reg .b32 row, low, high, pair, at, chunk, threads;",
+        ".reg .b64 from;",
+        ".reg .f32 first, second;",
+        ".reg .pred inside;",
+        "mov.u32 row, %tid.x;",
+        "mov.u32 threads, %ntid.x;",
+    ]
+    for _ in range(_ENTRIES // LEAST_THREADS):
+        lines += [f"setp.lt.u32 inside, row, {_ENTRIES};", "and.b32 low, row, 15;", "shr.u32 high, row, 4;"]
+        for code, value in (("low", "first"), ("high", "second")):
+            lines += [f"mad.wide.u32 from, {code}, 4, $1;", f"@inside ld.global.nc.f32 {value}, [from];"]
+        lines += [
+            f"cvt.rn.{_FORM[dtype]}.f32 pair, second, first;",
+            f"mov.u32 at, {_TABLE};",
+            f"mad.lo.u32 at, row, {4 * _LANES}, at;",
+            "and.b32 chunk, row, 7;",
+            "shl.b32 chunk, chunk, 4;",
+        ]
+        for _ in range(4 * _LANES // 16):
+            lines += [
+                "add.u32 low, at, chunk;",
+                "@inside st.shared.v4.b32 [low], {pair, pair, pair, pair};",
+                "add.u32 chunk, chunk, 16;",
+                f"and.b32 chunk, chunk, {4 * _LANES - 1};",
+            ]
+        lines += ["add.u32 row, row, threads;"]
+    lines += ["bar.sync 0;", "mov.u32 $0, 0;"]
+    declared = f".shared .align 128 .b8 {_TABLE}[{TABLE_BYTES}];"
+    return "\n".join([declared, "{", *lines, "}"])
 
 
 def _integers(bits: int, dtype: torch.dtype) -> Iterator[str]:
@@ -59,33 +116,7 @@ def _integers(bits: int, dtype: torch.dtype) -> Iterator[str]:
         yield f"fma.rn.{_FORM[dtype]} ${i}, ${i}, one, offset;"
 
 
-def _nf4(dtype: torch.dtype) -> Iterator[str]:
-    """Yield the instructions for NF4, its values rounded to `dtype`."""
-    yield ".reg .b32 low, pick, a, b, bytes0, bytes1;"
-    yield "and.b32 low, $4, 0x77777777;"  # a set fourth bit would make prmt copy signs
-    yield "shr.u32 pick, $4, 1;"
-    yield f"lop3.b32 pick, pick, 0x44444444, 0x32103210, {_AND_OR:#x};"
-    for half in range(2):
-        if half:
-            yield "shr.u32 low, low, 16;"
-            yield "shr.u32 pick, pick, 16;"
-        for byte, table in enumerate(_tables(dtype)):
-            yield f"prmt.b32 a, {table[0]:#x}, {table[1]:#x}, low;"
-            yield f"prmt.b32 b, {table[2]:#x}, {table[3]:#x}, low;"
-            yield f"prmt.b32 bytes{byte}, a, b, pick;"
-        yield f"prmt.b32 ${2 * half}, bytes0, bytes1, 0x5140;"
-        yield f"prmt.b32 ${2 * half + 1}, bytes0, bytes1, 0x7362;"
-
-
 def _twice(value: float, dtype: torch.dtype) -> int:
     """Return the bits of a register that holds a value of `dtype` twice."""
     bits = int(torch.tensor(value, dtype=dtype).view(torch.int16)) & 0xFFFF
     return bits * 0x10001
-
-
-def _tables(dtype: torch.dtype) -> Iterator[list[int]]:
-    """Yield, for the low and the high byte of the 16 values, four words of four entries each."""
-    bits = torch.tensor(NF4_CODEBOOK).to(dtype).view(torch.int16).tolist()
-    for shift in (0, 8):
-        entries = [(value >> shift) & 0xFF for value in bits]
-        yield [int.from_bytes(bytes(entries[at : at + 4]), "little") for at in range(0, 16, 4)]
