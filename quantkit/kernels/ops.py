@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -74,6 +75,14 @@ def _triton_lacks(device: torch.device) -> str | None:
         found, oldest = (".".join(map(str, each)) for each in (capability, OLDEST_CAPABILITY))
         return f"its compute capability is {found}, and the kernels need {oldest}"
     return None
+
+
+def decodes(device: torch.device) -> bool:
+    """Whether the CUDA kernels run a whole decoded token on a device: a GPU with tensor cores for bfloat16."""
+    if device.type == "cpu":  # Triton's interpreter
+        launch = triton.launcher() if os.environ.get("TRITON_INTERPRET") == "1" else None
+        return launch is not None and launch.INTERPRETED
+    return _triton_lacks(device) is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @lru_cache

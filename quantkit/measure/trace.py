@@ -181,7 +181,7 @@ def build(
             if planned
             else torch.empty(spec.shape, dtype=dtype, device=device)
         )
-    return Decoder(config, weights, dtype, attention)
+    return Decoder(config, weights, dtype, attention, fused=False)
 
 
 def run(decoder: Decoder, ids: torch.Tensor, cache: KVCache, chunk: int, sampled: bool = False) -> None:

@@ -10,7 +10,6 @@ what `calculators/activations.py` lists, in this order. Change them together.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -18,9 +17,11 @@ import torch.nn.functional as F
 
 from quantkit.config import ModelConfig
 from quantkit.models.attention import Attention, choose_path
+from quantkit.models.cuda_decoder import CudaDecoder, Layers
 from quantkit.models.kv_cache import KVCache
 from quantkit.models.linear import Block, Fused, Linear, Weight
 from quantkit.models.native_decoder import NativeDecoder
+from quantkit.models.rope import rope_angles, rope_frequencies, rotate
 
 FUSED = {  # what a backend may run as one matrix: the parts share their input
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -37,6 +38,8 @@ class Decoder:
             `FUSED` lists there may be one matrix of that name.
         dtype: compute dtype.
         attention: `flash`, `math`, `sdpa`, or `auto` for the best there is on the weights' device.
+        fused: whether a decoded token may take a path of its own where there is one; else every step is an
+            operator of PyTorch's, which is what an estimate describes.
 
     Raises:
         BackendError: that attention cannot run here.
@@ -48,6 +51,7 @@ class Decoder:
         weights: Mapping[str, Weight],
         dtype: torch.dtype,
         attention: str = "auto",
+        fused: bool = True,
     ) -> None:
         self.config, self.dtype = config, dtype
         self.weights = dict(weights)
@@ -55,9 +59,11 @@ class Decoder:
         self.blocks = [self._block(f"model.layers.{layer}") for layer in range(config.n_layers)]
         self.norm = self._plain("model.norm.weight")
         self.head = Linear(self.embedding) if config.tie_embeddings else self._linear("lm_head")
-        self._inverse_frequencies = rope_frequencies(config).to(self.device)
+        self._frequencies = rope_frequencies(config).to(self.device)
         self.attention = choose_path(attention, self.device, dtype, config.head_dim)
-        self._native = NativeDecoder.of(config, self.blocks, self.norm, dtype)
+        layers = Layers(config, self.embedding, self.blocks, self.norm, self.head, self._frequencies)
+        self._native = NativeDecoder.of(config, self.blocks, self.norm, dtype) if fused else None
+        self._cuda = CudaDecoder.of(layers, dtype) if fused else None
 
     @property
     def weights_bytes(self) -> int:
@@ -84,8 +90,10 @@ class Decoder:
         """
         tokens = ids.shape[1]
         cache.check_room(tokens)
+        if self._cuda is not None and self._cuda.takes(ids, cache):
+            return self._cuda(ids, cache)[0].clone()[:, None]
         x = F.embedding(ids.contiguous(), self.embedding)  # (B, T, hidden); else it would copy them unseen
-        cos, sin = self._rope(cache.length, tokens)
+        cos, sin = rope_angles(self._frequencies, cache.length, tokens, self.dtype)
         if self._native is not None and self._native.takes(x, cache):
             return self._native(x, cos, sin, cache)
         attention = Attention(self.attention, tokens, cache.keys(tokens), cache.window(tokens), self.device)
@@ -100,8 +108,12 @@ class Decoder:
         """Return float32 logits (..., vocab) of final states (..., hidden)."""
         return self.head(states).float()
 
+    @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, cache: KVCache, chunk: int = 2048) -> torch.Tensor:
         """Run a prompt (B, T) in chunks and return the float32 logits (B, vocab) of its last token."""
+        if self._cuda is not None and self._cuda.takes(ids, cache):
+            cache.check_room(1)
+            return self._cuda(ids, cache)[1].float()
         for piece in ids.split(chunk, dim=1):
             states = self.forward(piece, cache)
         return self.logits(states[:, -1])
@@ -155,12 +167,6 @@ class Decoder:
         scale = wide.square().mean(dim=-1, keepdim=True).add_(self.config.norm_eps).rsqrt_()
         return (wide * scale).to(x.dtype).mul_(weight)
 
-    def _rope(self, start: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines (T, 1, head_dim) of positions from `start`, in the compute dtype."""
-        positions = torch.arange(start, start + tokens, device=self.device, dtype=torch.float32)
-        angles = torch.outer(positions, self._inverse_frequencies).repeat(1, 2)[:, None]
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-
     def _block(self, prefix: str) -> Block:
         return Block(
             attention_norm=self._plain(f"{prefix}.input_layernorm.weight"),
@@ -192,30 +198,3 @@ class Decoder:
         weight = self.weights[name]
         assert isinstance(weight, torch.Tensor), f"{name} cannot be quantized"
         return weight
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply half-split RoPE to x (B, T, heads, head_dim) in place: element i pairs with i + head_dim / 2."""
-    first, second = x.chunk(2, dim=-1)
-    swapped = torch.cat((-second, first), dim=-1).mul_(sin)
-    return x.mul_(cos).add_(swapped)
-
-
-def rope_frequencies(config: ModelConfig) -> torch.Tensor:
-    """Return the float32 rotation per position of each pair, (head_dim / 2,).
-
-    Llama-3 scaling leaves wavelengths shorter than the original context / high_freq_factor alone,
-    divides those longer than it / low_freq_factor by `factor`, and blends between (Llama 3.1's
-    `apply_scaling`, https://github.com/meta-llama/llama-models).
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    if config.rope_divisors is not None:
-        return frequencies / torch.tensor(config.rope_divisors)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = blend.clamp(0.0, 1.0)
-    return frequencies * (blend + (1 - blend) / scaling.factor)

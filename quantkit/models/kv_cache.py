@@ -81,6 +81,11 @@ class KVCache:
         return self._slab if self._scratch is None else None
 
     @property
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Elements or codes (n_layers, 2, B, n_kv_heads, slots, …), and float16 scales where it is quantized."""
+        return self._slab, self._scales
+
+    @property
     def next_slot(self) -> int:
         """Where the next token goes."""
         return self.length % self.slots

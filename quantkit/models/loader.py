@@ -78,7 +78,7 @@ def load(
             scratch.clear()
         if progress:
             progress(spec.elements)
-    return Decoder(checkpoint.config, weights, compute, attention)
+    return Decoder(checkpoint.config, weights, compute, attention, fused=chosen != "reference")
 
 
 def _reader(

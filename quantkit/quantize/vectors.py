@@ -16,8 +16,8 @@ from calculators.caching import KV_SCALES_TRIED, piece_tokens
 # The furthest element is KV_SCALES_TRIED different numbers of steps from zero. With int8 each brings the others
 # elsewhere between two codes, which pays most for short vectors; the few largest would cut off more than
 # rounding loses. With int4, cutting off (more than 8 steps) and wider steps pay in turn.
-_MOST_STEPS = {8: 128.0, 4: 9.5}
-_STEPS_APART = {8: 1.0, 4: 0.5}
+MOST_STEPS = {8: 128.0, 4: 9.5}
+STEPS_APART = {8: 1.0, 4: 0.5}
 
 
 def quantize_vectors(
@@ -66,7 +66,7 @@ def _best_scales(groups: torch.Tensor, bits: int, scale_dtype: torch.dtype) -> t
     # Down to float16's subnormals: a quiet vector, as attention sinks have, keeps its resolution.
     least = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
     numbers = torch.arange(KV_SCALES_TRIED, dtype=torch.float32, device=groups.device)
-    steps = numbers.mul_(-_STEPS_APART[bits]).add_(_MOST_STEPS[bits])
+    steps = numbers.mul_(-STEPS_APART[bits]).add_(MOST_STEPS[bits])
     scales = (peak / steps.view(-1, *(1,) * groups.ndim)).clamp_(least, limits.max)
     scales = scales.to(scale_dtype).float().copysign_(away)  # (KV_SCALES_TRIED, ..., T, G, 1)
     best = _errors(groups, scales, bits).argmin(dim=0, keepdim=True)

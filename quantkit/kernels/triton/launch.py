@@ -121,14 +121,14 @@ def parts(x: torch.Tensor, matrix: Tiles) -> torch.Tensor:
     """Return x @ W.T without a bias as parts (splits, M, N), which add up in their order.
 
     Args:
-        x: (M, K), contiguous, of so many rows that a kernel takes them; see `takes`.
-        matrix: W, not `flat`.
+        x: (M, K), contiguous, M > 0.
+        matrix: W.
 
     Returns:
         float32, or one part in x's dtype.
     """
     with torch.cuda.device_of(x):
-        return _parts(x, matrix, None)
+        return _parts(x, matrix, None) if takes(x, matrix) else linear(x, matrix, None)[None]
 
 
 def _parts(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None) -> torch.Tensor:

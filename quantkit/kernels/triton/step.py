@@ -1,0 +1,250 @@
+"""The launches of what a decoded token needs beside its linears. Importing this imports Triton.
+
+B sequences with one new token each. A linear comes as parts (splits, B, N), to be added in the order of the splits,
+and its bias where that is left to add.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from calculators.units import ceil_div
+from quantkit.kernels.triton import attention_kernels, step_kernels
+from quantkit.kernels.triton.launch import INTERPRETED
+
+_TENSOR_CORES = 16  # rows that they take at least
+_WORDS_WANTED = 32  # of a head: columns of the tensor cores for each of four warps
+_AT_ONCE = 3 * 132  # programs of attention that a Hopper runs at the same time
+_FULL = 0.95  # share of such a wave, or of the last of several, that is worth no further split
+_MOST_SPLITS = 64
+_BLOCK = {16: 64, 8: 64, 4: 128}  # keys that a program reads at once
+_WORD_BITS = (32, 16, 8)
+_WORDS = {32: torch.int32, 16: torch.int16, 8: torch.uint8}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A linear's result before it is added up.
+
+    Attributes:
+        sums: (splits, B, N), float32 or the compute dtype; the columns of one row lie together.
+        bias: (N,), None where there is none left to add.
+    """
+
+    sums: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Slab:
+    """The keys and values of one layer where a KV cache holds them.
+
+    Attributes:
+        keys: (B, n_kv_heads, slots, head_dim), or uint8 codes of 8 or 4 bits.
+        values: likewise.
+        key_scales: float16 (B, n_kv_heads, slots, groups), None where nothing is quantized.
+        value_scales: likewise.
+        bits: of an element.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_scales: torch.Tensor | None
+    value_scales: torch.Tensor | None
+    bits: int
+
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[2]
+
+
+def norm(x: torch.Tensor, parts: Parts | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Add a linear to x (B, hidden) in place, and return the RMSNorm of that."""
+    out = torch.empty_like(x)
+    step_kernels.norm_kernel[(x.shape[0],)](
+        x, None if parts is None else parts.sums, None if parts is None else parts.bias, weight, out, eps,
+        **norm_constants(x.shape[1], 0 if parts is None else parts.sums.shape[0]),
+    )  # fmt: skip
+    return out
+
+
+def norm_constants(width: int, splits: int) -> dict[str, Any]:
+    """Return the compile-time arguments of `norm_kernel`."""
+    return {
+        "SPLITS": splits,
+        "WIDTH": width,
+        "BLOCK": triton.next_power_of_2(width),
+        "INTERPRET": INTERPRETED,
+        "num_warps": 8,
+        "enable_fp_fusion": True,
+    }
+
+
+def swiglu(gate: Parts, up: Parts, dtype: torch.dtype) -> torch.Tensor:
+    """Return silu(gate) * up (B, ffn)."""
+    _, batch, width = gate.sums.shape
+    out = torch.empty(batch, width, dtype=dtype, device=gate.sums.device)
+    constants = swiglu_constants(gate.sums.shape[0], up.sums.shape[0])
+    step_kernels.swiglu_kernel[ceil_div(width, constants["BLOCK"]), batch](
+        gate.sums, up.sums, gate.bias, up.bias, out, gate.sums.stride(1), up.sums.stride(1), width,
+        **constants,
+    )  # fmt: skip
+    return out
+
+
+def swiglu_constants(gate_splits: int, up_splits: int) -> dict[str, Any]:
+    """Return the compile-time arguments of `swiglu_kernel`."""
+    return {
+        "GATE_SPLITS": gate_splits,
+        "UP_SPLITS": up_splits,
+        "BLOCK": 256,
+        "INTERPRET": INTERPRETED,
+        "num_warps": 2,
+        "enable_fp_fusion": True,
+    }
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the tokens of one cache have in common.
+
+    Attributes:
+        batch: B.
+        n_heads: query heads.
+        n_kv_heads: heads of the cache.
+        head_dim: elements of a head.
+        slots: of the cache.
+        bits: of an element of the cache.
+        groups: scales of a head, 0 where nothing is quantized.
+        dtype: compute dtype, bfloat16 or float16.
+        cosines: (positions, head_dim / 2), in the compute dtype.
+        sines: likewise.
+        rotations: what queries and keys are multiplied by, each (head_dim, head_dim); None where the cache is plain.
+        position: int64 (1,), the new token's; on the device.
+    """
+
+    batch: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    slots: int
+    bits: int
+    groups: int
+    dtype: torch.dtype
+    cosines: torch.Tensor
+    sines: torch.Tensor
+    rotations: tuple[torch.Tensor, torch.Tensor] | None
+    position: torch.Tensor
+
+    @property
+    def splits(self) -> int:
+        """Programs that share the keys of a head: as few as fill a GPU, each with a block of keys at least."""
+        heads = self.batch * self.n_kv_heads
+        most = min(_MOST_SPLITS, ceil_div(self.slots, _BLOCK[self.bits]))
+
+        def fill(splits: int) -> float:
+            waves = heads * splits / _AT_ONCE
+            return waves / math.ceil(waves)
+
+        return next((splits for splits in range(1, most) if fill(splits) >= _FULL), most)
+
+    def heads(self, q: Parts, k: Parts, v: Parts, slab: Slab) -> torch.Tensor:
+        """Return queries (B, n_heads, head_dim), and write keys and values to the slot of the new token."""
+        queries = torch.empty(self.batch, self.n_heads, self.head_dim, dtype=self.dtype, device=q.sums.device)
+        constants = self.heads_constants(q.sums.shape[0], k.sums.shape[0], v.sums.shape[0])
+        q_rotation, k_rotation = self.rotations or (None, None)
+        step_kernels.heads_kernel[ceil_div(self.batch * self.n_heads, constants["ROWS"]), 3](
+            q.sums, k.sums, v.sums, q.bias, k.bias, v.bias,
+            q.sums.stride(1), k.sums.stride(1), v.sums.stride(1), self.cosines, self.sines, self.position,
+            q_rotation, k_rotation, queries, slab.keys, slab.values, slab.key_scales, slab.value_scales,
+            self.slots, self.batch, **constants,
+        )  # fmt: skip
+        return queries
+
+    def heads_constants(self, q_splits: int, k_splits: int, v_splits: int) -> dict[str, Any]:
+        """Return the compile-time arguments of `heads_kernel`."""
+        block = triton.next_power_of_2(self.head_dim)
+        if self.groups:
+            block = max(block, 2 * _TENSOR_CORES)
+        return {
+            "Q_SPLITS": q_splits,
+            "K_SPLITS": k_splits,
+            "V_SPLITS": v_splits,
+            "HEADS": self.n_heads,
+            "KV_HEADS": self.n_kv_heads,
+            "WIDTH": self.head_dim,
+            "BLOCK": block,
+            "ROWS": _TENSOR_CORES if self.groups else 1,
+            "BITS": self.bits,
+            "GROUP": block if self.groups < 2 else self.head_dim // self.groups,
+            "INTERPRET": INTERPRETED,
+            "num_warps": 4 if self.groups else 1,
+            "enable_fp_fusion": False,  # products and sums round apart, as in the operators
+        }
+
+    def attention(self, queries: torch.Tensor, slab: Slab) -> torch.Tensor:
+        """Return softmax(q K^T / sqrt(head_dim)) V (B, n_heads * head_dim) over all keys up to the new token's."""
+        constants, device = self.attention_constants(), queries.device
+        kv_heads, shared = self.batch * self.n_kv_heads, self.n_heads // self.n_kv_heads
+        sums = torch.empty(kv_heads, self.splits, shared, self.head_dim, device=device)
+        stats = torch.empty(kv_heads, self.splits, 2, constants["ROWS"], device=device)
+        attention_kernels.attention_kernel[self.splits, kv_heads](
+            queries, self._words(slab.keys), self._words(slab.values), slab.key_scales, slab.value_scales,
+            self.position, sums, stats, self.slots, 1 / math.sqrt(self.head_dim), **constants,
+        )  # fmt: skip
+        out = torch.empty(self.batch, self.n_heads * self.head_dim, dtype=self.dtype, device=device)
+        attention_kernels.combine_kernel[shared, kv_heads](
+            sums, stats, self.position, out, self.slots, self.splits, **self.combine_constants()
+        )
+        return out
+
+    def attention_constants(self) -> dict[str, Any]:
+        """Return the compile-time arguments of `attention_kernel`."""
+        per = self._word_bits // self.bits
+        return {
+            "HEADS": self.n_heads // self.n_kv_heads,
+            "ROWS": max(_TENSOR_CORES, triton.next_power_of_2(self.n_heads // self.n_kv_heads)),
+            "WIDTH": self.head_dim,
+            "BITS": self.bits,
+            "PER": per,
+            "WORDS": max(_TENSOR_CORES, triton.next_power_of_2(self.head_dim // per)),
+            "GROUPS": self.groups,
+            "BLOCK": _BLOCK[self.bits],
+            "INTERPRET": INTERPRETED,
+            "num_warps": 4,
+            "num_stages": 3,
+            "enable_fp_fusion": True,
+        }
+
+    def combine_constants(self) -> dict[str, Any]:
+        """Return the compile-time arguments of `combine_kernel`."""
+        chosen = self.attention_constants()
+        return {
+            "HEADS": chosen["HEADS"],
+            "ROWS": chosen["ROWS"],
+            "WIDTH": self.head_dim,
+            "BLOCK_WIDTH": triton.next_power_of_2(self.head_dim),
+            "SPLITS": triton.next_power_of_2(self.splits),
+            "BLOCK": chosen["BLOCK"],
+            "INTERPRET": INTERPRETED,
+            "num_warps": 4,
+            "enable_fp_fusion": True,
+        }
+
+    @property
+    def _word_bits(self) -> int:
+        """The widest word of which a head has enough for all warps, or the narrowest."""
+        if self.bits == 16:
+            return 16
+        head_bits = self.head_dim * self.bits
+        fitting = [bits for bits in _WORD_BITS if head_bits % bits == 0]
+        enough = (bits for bits in fitting if triton.next_power_of_2(head_bits // bits) >= _WORDS_WANTED)
+        return next(enough, fitting[-1])
+
+    def _words(self, codes: torch.Tensor) -> torch.Tensor:
+        return codes if self.bits == 16 else codes.view(_WORDS[self._word_bits])

@@ -1,0 +1,110 @@
+"""A whole token by the CUDA kernels against the operators: on a GPU, or in Triton's interpreter.
+
+`tests/kernels/test_step.py` runs this file in a process of its own: Triton reads TRITON_INTERPRET when imported.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from quantkit.models.kv_cache import KVCache
+from tests.models.cuda_decoders import decode, distance, make, random_ids
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+# Attention keeps float32 where the operators round to bfloat16 (2**-8); where they dequantize keys and values of 8
+# and 4 bits to bfloat16 before they multiply, it does not. The residual stream carries that on.
+RELATIVE = {16: 2.0**-6, 8: 2.0**-5, 4: 2.0**-5}
+# scheme, KV bits, KV group, batch, overrides
+CASES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
+    "bf16": ("bf16", 16, 0, 1, {}),
+    "bf16-tied-biases-kv4": (
+        "bf16", 4, 0, 2, {"architecture": "qwen2", "qkv_bias": True, "tie_embeddings": True}
+    ),
+    "int8-kv8-one-row": ("int8", 8, 0, 1, {"n_layers": 1}),
+    "int4-window-kv16": ("int4-g32", 16, 0, 3, {"sliding_window": 4}),
+    "int4-biases-kv4": ("int4-g64", 4, 0, 3, {"architecture": "llama", "qkv_bias": True, "mlp_bias": True}),
+    "nf4-window-kv8-g16": ("nf4", 8, 16, 3, {"sliding_window": 5}),
+    "nf4-dq-apart": ("nf4-dq", 16, 0, 2, {"head_dim": 24}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_token_is_the_operators(name: str) -> None:
+    scheme, bits, group, batch, overrides = CASES[name]
+    ids = random_ids(batch, 6, DEVICE)
+    found, expected = (
+        decode(make(scheme, torch.bfloat16, DEVICE, fused, **overrides), ids, 3, bits, group)
+        for fused in (True, False)
+    )
+    assert torch.equal(found[0], expected[0])
+    assert distance(found, expected) <= RELATIVE[bits]
+
+
+def test_float16() -> None:
+    ids = random_ids(2, 5, DEVICE)
+    found, expected = (
+        decode(make("int8", torch.float16, DEVICE, fused), ids, 3, 8) for fused in (True, False)
+    )
+    assert distance(found, expected) <= 2.0**-8
+
+
+def test_prefills_in_between_and_states() -> None:
+    """The device's count of tokens follows the cache's, whoever advanced it."""
+    ids, runs = random_ids(2, 9, DEVICE), []
+    for fused in (True, False):
+        decoder = make("bf16", torch.bfloat16, DEVICE, fused)
+        cache, logits = decoder.new_cache(2, 9), []
+        for start, stop in ((0, 1), (1, 2), (2, 5), (5, 6)):
+            logits.append(decoder.prefill(ids[:, start:stop], cache))
+        states = [decoder.forward(ids[:, at : at + 1], cache) for at in (6, 7)]
+        assert states[0].shape == (2, 1, 64)
+        logits += [decoder.logits(each)[:, -1] for each in states]
+        cache.length = 6  # again
+        assert torch.equal(decoder.forward(ids[:, 6:7], cache), states[0])
+        runs.append(torch.stack(logits))
+    assert distance(*runs) <= RELATIVE[16]
+
+
+def test_what_it_does_not_take_runs_by_operators() -> None:
+    decoder = make("bf16", torch.bfloat16, DEVICE)
+    taken = decoder._cuda
+    assert taken is not None
+    one = random_ids(2, 1, DEVICE)
+
+    def cache(batch: int = 2, bits: int | None = None, group: int = 0) -> KVCache:
+        return decoder.new_cache(batch, 4, bits, group)
+
+    assert all(taken.takes(one, cache(bits=bits)) for bits in (None, 16, 8, 4))
+    assert taken.takes(one, cache(bits=8, group=8))
+    assert not taken.takes(one, cache(bits=8, group=4))
+    assert not taken.takes(one, cache(bits=32))
+    assert not taken.takes(one, cache(batch=3))
+    assert not taken.takes(random_ids(2, 2, DEVICE), cache())
+    assert not taken.takes(random_ids(65, 1, DEVICE), cache(batch=65))
+    assert make("bf16", torch.float32, DEVICE)._cuda is None
+    assert make("bf16", torch.bfloat16, DEVICE, fused=False)._cuda is None
+    assert make("nf4", torch.bfloat16, DEVICE, hidden_size=96)._cuda is None  # blocks run across rows
+
+
+def test_a_full_cache_is_refused() -> None:
+    decoder = make("bf16", torch.bfloat16, DEVICE)
+    cache = decoder.new_cache(1, 1)
+    decoder.prefill(random_ids(1, 1, DEVICE), cache)
+    with pytest.raises(Exception, match="the cache was made for 1 tokens"):
+        decoder.prefill(random_ids(1, 1, DEVICE), cache)
+
+
+def test_what_belongs_to_a_cache_goes_with_it() -> None:
+    decoder = make("bf16", torch.bfloat16, DEVICE)
+    assert decoder._cuda is not None
+    caches = [decoder.new_cache(1, 4) for _ in range(2)]
+    for cache in caches:
+        decoder.prefill(random_ids(1, 1, DEVICE), cache)
+    del cache
+    assert len(decoder._cuda._tokens) == 2
+    caches.pop()
+    assert len(decoder._cuda._tokens) == 1
