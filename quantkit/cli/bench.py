@@ -70,7 +70,8 @@ def cpu(
     if folder and not llama:
         raise click.UsageError("--folder is for the file that --llama reads: name an interpreter, too")
     from quantkit.bench import models as whole
-    from quantkit.bench.run import Plan, run, schemes_named
+    from quantkit.bench.run import Plan, run
+    from quantkit.bench.shapes import schemes_named
 
     named = models or (whole.QUICK_MODELS if quick else whole.MODELS)
     plan = Plan(
