@@ -11,7 +11,7 @@ import torch
 
 from quantkit.bench.cuda import kernels, limits, models
 from quantkit.bench.cuda.device import Device, Run
-from quantkit.bench.cuda.models import Grid
+from quantkit.bench.cuda.models import GRID, QUICK_GRID, Grid
 from quantkit.bench.cuda.results import CudaBench, Decode, Failure, Finding, Gpu, Method, Prefill, Repeat
 from quantkit.bench.results import Cell
 from quantkit.bench.shapes import matrices, rows_of_x, shapes
@@ -42,7 +42,7 @@ class Plan:
     @property
     def grid(self) -> Grid:
         """What every whole model runs."""
-        return models.QUICK_GRID if self.quick else models.GRID
+        return QUICK_GRID if self.quick else GRID
 
     @property
     def steps(self) -> int:
