@@ -90,7 +90,7 @@ class Cuda:
 
         What fails there will fail here again, where its reason is recorded.
         """
-        workers = min(len(jobs), os.cpu_count() or 1, _MOST_PROCESSES)
+        workers = max(1, min(len(jobs), os.cpu_count() or 1, _MOST_PROCESSES))
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             wait([pool.submit(job) for job in jobs])
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -74,3 +76,9 @@ def test_jobs_travel_to_other_processes() -> None:
 def test_without_a_gpu_a_line_says_so() -> None:
     with pytest.raises(BackendError, match="cannot run on cuda:0: no CUDA GPU is visible to PyTorch"):
         Cuda()
+
+
+def test_compiling_happens_in_other_processes_and_its_failures_wait(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a", "absent/b", "c")]
+    Cuda.compile(Mock(spec=Cuda), [partial(Path.touch, path) for path in paths])
+    assert [path.exists() for path in paths] == [True, False, True]
