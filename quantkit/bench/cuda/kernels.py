@@ -114,7 +114,7 @@ def _cell(
         try:
             graphs[name] = device.graph(partial(_pass_over, contender, xs, passes))
         except Exception as error:  # other packages raise what they like
-            yield Failure(f"{weight.scheme.name}, {matrix}, {m} rows, {name}", reason(error))
+            yield Failure(f"{weight.scheme.name}, {matrix}, M = {m}, {name}", reason(error))
     if OURS not in graphs or BF16 not in graphs:
         return  # what failed was said
     launches = {name: passes * len(beside[name].copies) for name in graphs}

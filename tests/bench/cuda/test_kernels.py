@@ -88,7 +88,7 @@ def test_a_cell_without_quantkit_is_none() -> None:
     assert [one.matrix for one in found if isinstance(one, Cell)] == ["qkv", "o"]
     failures = {one.what: one.reason for one in found if isinstance(one, Failure)}
     reason = "RuntimeError: operation not permitted when stream is capturing"
-    assert failures["int8, down, 1 rows, quantkit"] == failures["int8, down, 1 rows, torch bf16"] == reason
+    assert failures["int8, down, M = 1, quantkit"] == failures["int8, down, M = 1, torch bf16"] == reason
     assert found[-1] == Repeat("int8, kernels", 2, 2)
 
 
