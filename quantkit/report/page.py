@@ -16,6 +16,7 @@ from quantkit.errors import OutputError
 from quantkit.records import write_bytes, write_text
 from quantkit.report import tables
 from quantkit.report.bench_charts import roofline, speedup
+from quantkit.report.decode_chart import decodings
 from quantkit.report.measured_charts import error_map, predicted_against_measured
 from quantkit.report.memory_charts import memory_panels, memory_totals
 from quantkit.report.perplexity_chart import perplexity_by_size
@@ -195,6 +196,10 @@ def _bench(run: BenchRun, stem: str) -> tuple[Files, str]:
     if found.cells:
         files[f"{stem}.csv"] = tables.csv(tables.kernels(run))
         section.append(f"Every matrix: [{stem}.csv]({stem}.csv), in seconds.\n")
+    for number, (model, figure) in enumerate(decodings(found).items(), 1):
+        chart = f"{stem}-decode{f'-{number}' if number > 1 else ''}.png"
+        files[chart] = png(figure)
+        section.append(f"![Tokens/s over the context, a line for each scheme: {_inline(model)}]({chart})\n")
     return files, "\n".join(section + _sections(sections.models(found)))
 
 

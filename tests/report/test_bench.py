@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.image
+import numpy as np
+import pandas as pd
 import pytest
 
 from quantkit.bench.cuda.results import AnyBench
 from quantkit.errors import RecordError
 from quantkit.report import build_report
 from quantkit.report.bench_charts import roofline, speedup
+from quantkit.report.decode_chart import decodings
 from quantkit.report.runs import BenchRun, read_run
 from tests.report.synthetic import (
     BITS,
@@ -130,6 +133,38 @@ def test_a_gpus_charts_of_any_rows_are_legible(rows: tuple[int, ...], tmp_path: 
         assert_nothing_overlaps(figure)
 
 
+@pytest.mark.parametrize("batches", [(1,), (1, 4), (1, 4, 16, 64)])
+def test_decoding_is_drawn_below_what_copies_allow(batches: tuple[int, ...], tmp_path: Path) -> None:
+    body = cuda_bench_body()
+    first = body["decodes"][0]
+    schemes = ("bf16", *BITS)
+    body["decodes"] = [
+        {
+            **first,
+            "scheme": scheme,
+            "batch": batch,
+            "context": context,
+            "seconds": 1e-3 * (index + context / 8192),
+        }
+        for index, scheme in enumerate(schemes, 1)
+        for batch in batches
+        for context in (1024, 8192, 32768)
+    ]
+    body["decodes"].append({**first, "kv_bits": 4})
+    ((model, figure),) = decodings(read(tmp_path, body)).items()
+    assert model == first["model"]
+    assert_nothing_overlaps(figure)
+    assert len(figure.axes) == len(batches)
+    for axes, batch in zip(figure.axes, batches, strict=True):
+        lines = named_lines(axes)
+        assert list(lines) == list(schemes)
+        assert lines["bf16"][1] == pytest.approx(
+            [batch / (1e-3 * (1 + c / 8192)) for c in (1024, 8192, 32768)]
+        )
+        roof = next(line for line in axes.lines if line.get_label() == "_roof")
+        assert list(roof.get_ydata()) == pytest.approx([batch * COPIES / first["step_bytes"]] * 3)
+
+
 def test_a_gpus_report_has_charts_and_tables(tmp_path: Path) -> None:
     written = build_report([record(tmp_path, "bench", cuda_bench_body())], tmp_path / "out")
     page = (tmp_path / "out" / "report.md").read_text()
@@ -140,7 +175,14 @@ def test_a_gpus_report_has_charts_and_tables(tmp_path: Path) -> None:
     assert "Share of the copy bandwidth at one row:" in page
     assert "RuntimeError: no kernel" in page
     assert "cut short" not in page
-    assert {path.suffix for path in written} == {".md", ".csv", ".png"}
+    cells = pd.read_csv(tmp_path / "out" / "mistral-7b-instruct-v0.2-bench.csv")
+    one = cells[(cells["m"] == 1) & cells["contender"].isin(["quantkit", "torch bf16"])]
+    np.testing.assert_allclose(one["bandwidth_share"], one["roof_share"])
+    assert {path.name for path in written} == {
+        "report.md",
+        *(f"mistral-7b-instruct-v0.2-bench{end}.png" for end in ("-roofline", "-speedup", "-decode")),
+        "mistral-7b-instruct-v0.2-bench.csv",
+    }
 
 
 def test_a_run_that_was_cut_short_is_reported_with_what_there_is(tmp_path: Path) -> None:
