@@ -41,7 +41,7 @@ def _all(body: Fields, key: str, read: Callable[[Fields], Value]) -> tuple[Value
 
 
 def _gpu(gpu: Fields) -> Gpu:
-    texts = ("name", "capability", "cuda", "torch", "triton", "quantkit", "backend")
+    texts = ("name", "capability", "tuning", "cuda", "torch", "triton", "quantkit", "backend")
     counts = ("multiprocessors", "l2_bytes", "memory_bytes")
     peers, settings = gpu.fields("peers"), gpu.fields("settings")
     return Gpu(

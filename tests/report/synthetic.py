@@ -231,9 +231,10 @@ def cuda_bench_body(rows: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512
         "quick": False,
         "finished": True,
         "machine": {
-            "name": "NVIDIA H200", "capability": "9.0", "multiprocessors": 132, "l2_bytes": 60 << 20,
-            "memory_bytes": 150_000_000_000, "cuda": "12.9", "torch": "2.11.0", "triton": "3.6.0", "quantkit": "0.1.0",
-            "backend": "triton", "peers": {"bitsandbytes": "0.50.2"}, "settings": {"driver": "580.1"},
+            "name": "NVIDIA H200", "capability": "9.0", "tuning": "Tuning(640)", "multiprocessors": 132,
+            "l2_bytes": 60 << 20, "memory_bytes": 150_000_000_000, "cuda": "12.9", "torch": "2.11.0", "triton": "3.6.0",
+            "quantkit": "0.1.0", "backend": "triton", "peers": {"bitsandbytes": "0.50.2"},
+            "settings": {"driver": "580.1"},
         },
         "limits": {"bytes_per_s": COPIES, "read_bytes_per_s": 4.4e12, "flops_per_s": CUDA_MULTIPLIES},
         "method": {

@@ -15,6 +15,7 @@ import torch
 from quantkit import __version__
 from quantkit.bench.cuda.results import Gpu
 from quantkit.kernels import ops
+from quantkit.kernels.triton.tuning import tuning
 
 Name = TypeVar("Name")
 Run = Callable[[], object]
@@ -73,6 +74,7 @@ class Cuda:
         return Gpu(
             name=properties.name,
             capability=f"{properties.major}.{properties.minor}",
+            tuning=str(tuning(10 * properties.major + properties.minor)),
             multiprocessors=properties.multi_processor_count,
             l2_bytes=properties.L2_cache_size,
             memory_bytes=properties.total_memory,

@@ -19,7 +19,8 @@ class Gpu:
 
     Attributes:
         name: the GPU's.
-        capability: its compute capability, by which quantkit's launches are chosen.
+        capability: its compute capability.
+        tuning: the launches that quantkit has for it, as `quantkit.kernels.triton.tuning` says them.
         multiprocessors: of the GPU.
         l2_bytes: of its second-level cache.
         memory_bytes: of the GPU.
@@ -34,6 +35,7 @@ class Gpu:
 
     name: str
     capability: str
+    tuning: str
     multiprocessors: int
     l2_bytes: int
     memory_bytes: int

@@ -36,7 +36,7 @@ class StandIn:
 
     def describe(self) -> Gpu:
         return Gpu(
-            name="NVIDIA H200", capability="9.0", multiprocessors=132, l2_bytes=60 << 20,
+            name="NVIDIA H200", capability="9.0", tuning="Tuning(640)", multiprocessors=132, l2_bytes=60 << 20,
             memory_bytes=self.memory_bytes, cuda="12.9", torch="2.11.0", triton="3.6.0", quantkit="0.1.0",
             backend=self.backend, peers={"bitsandbytes": "0.50.2"}, settings={"driver": "580.1"},
         )  # fmt: skip
