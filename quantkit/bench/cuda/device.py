@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from importlib import metadata
 from multiprocessing import get_context
 from typing import Any, Protocol, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from quantkit import __version__
-from quantkit.bench.cuda.results import Gpu
+from quantkit.bench.cuda.results import CudaLimits, Gpu, Method
 from quantkit.kernels import ops
 from quantkit.kernels.triton.tuning import tuning
 
@@ -52,6 +53,16 @@ class Device(Protocol):
         """Give back memory that nothing holds."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where and how all is measured: the device, what it is, what it can do, and the method."""
+
+    device: Device
+    gpu: Gpu
+    limits: CudaLimits
+    method: Method
+
+
 class Cuda:
     """The first CUDA GPU.
 
@@ -64,6 +75,7 @@ class Cuda:
         self.backend = ops.choose_backend("triton", self.torch_device)
         torch.cuda.set_device(self.torch_device)
         cache = torch.cuda.get_device_properties(self.torch_device).L2_cache_size
+        self._side = torch.cuda.Stream()  # one alone: cuBLAS keeps a workspace for each
         self._lead_in = torch.zeros(_LEAD_IN * cache // 4, device=self.torch_device)
 
     def describe(self) -> Gpu:
@@ -98,14 +110,14 @@ class Cuda:
 
     def graph(self, run: Run) -> Run:
         """Return the replay of a CUDA graph; `run` is called before, too, for what only a first call does."""
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
+        current = torch.cuda.current_stream()
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
             run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self._side):
                 run()
         finally:
             torch.cuda.set_stream(current)  # which a capture that fails leaves changed

@@ -14,8 +14,8 @@ import torch
 
 from quantkit.bench.contenders import Contender
 from quantkit.bench.cuda.contenders import builders, dequantize
-from quantkit.bench.cuda.device import Device, Run
-from quantkit.bench.cuda.results import CudaLimits, Failure, Finding, Method, Repeat
+from quantkit.bench.cuda.device import Device, Place, Run
+from quantkit.bench.cuda.results import Failure, Finding, Repeat
 from quantkit.bench.random_weights import random_quantized
 from quantkit.bench.results import BF16, OURS, Cell
 from quantkit.bench.shapes import matrices
@@ -55,9 +55,7 @@ def measure(
     config: ModelConfig,
     schemes: Sequence[QuantScheme],
     rows: Sequence[int],
-    device: Device,
-    limits: CudaLimits,
-    method: Method,
+    place: Place,
 ) -> Iterator[Finding]:
     """Yield a cell for each scheme, matrix and M, what failed, and whether each scheme's bits were the same twice.
 
@@ -65,23 +63,22 @@ def measure(
         config: the model whose matrices they are.
         schemes: of the matrices.
         rows: each M.
-        device: where.
-        limits: what it can do.
-        method: rounds, copies and passes.
+        place: where and how.
     """
+    device, away_bytes = place.device, place.method.away_bytes
     for scheme in schemes:
         equal: list[bool] = []
         for matrix, shape in matrices(config).items():
             weight = random_quantized(shape, scheme, device.torch_device)
             what = f"{scheme.name}, {matrix}"
             beside: dict[str, Contender] = {}
-            for name, build in builders(weight, device.backend, method.away_bytes).items():
+            for name, build in builders(weight, device.backend, away_bytes).items():
                 try:
                     beside[name] = build()
                 except Exception as error:  # other packages raise what they like
                     yield Failure(f"{what}, {name}", reason(error))
             for m in rows:
-                found = list(_cell(matrix, m, weight, beside, device, limits, method))
+                found = list(_cell(matrix, m, weight, beside, place))
                 yield from found
                 if any(isinstance(one, Cell) for one in found):
                     equal.append(_repeats(beside[OURS], m, weight))
@@ -101,10 +98,9 @@ def _cell(
     m: int,
     weight: QuantizedTensor,
     beside: dict[str, Contender],
-    device: Device,
-    limits: CudaLimits,
-    method: Method,
+    place: Place,
 ) -> Iterator[Cell | Failure]:
+    device, limits, method = place.device, place.limits, place.method
     n, k = weight.shape
     most = max((len(contender.copies) for contender in beside.values()), default=0)
     xs = [torch.randn(m, k, device=weight.device).bfloat16() for _ in range(most)]

@@ -14,9 +14,9 @@ from statistics import median
 import torch
 
 from calculators.units import format_bytes, format_tokens
-from quantkit.bench.cuda.device import Device, Run
+from quantkit.bench.cuda.device import Device, Place, Run
 from quantkit.bench.cuda.kernels import reason
-from quantkit.bench.cuda.results import CudaLimits, Decode, Failure, Finding, Gpu, Method, Prefill, Repeat
+from quantkit.bench.cuda.results import Decode, Failure, Finding, Gpu, Prefill, Repeat
 from quantkit.bench.random_weights import RandomCheckpoint, random_bytes
 from quantkit.bench.results import Cell, whole_layers
 from quantkit.bench.shapes import token_bytes
@@ -96,10 +96,7 @@ def measure(
     config: ModelConfig,
     scheme: QuantScheme,
     grid: Grid,
-    device: Device,
-    gpu: Gpu,
-    limits: CudaLimits,
-    method: Method,
+    place: Place,
     cells: Sequence[Cell],
 ) -> Iterator[Finding]:
     """Yield every prompt and decoding of one model at one precision, and what did not run.
@@ -108,12 +105,10 @@ def measure(
         config: the model's shapes.
         scheme: of its blocks' matrices.
         grid: what is run.
-        device: where.
-        gpu: what that is.
-        limits: what it can do.
-        method: rounds.
+        place: where and how.
         cells: of the kernels, for the sums of their times.
     """
+    device, gpu = place.device, place.gpu
     try:
         decoder = _load(config, scheme, device.torch_device, device.backend)
     except Exception as error:  # the other precisions are measured all the same
@@ -122,7 +117,7 @@ def measure(
     estimator = Estimator(config, scheme, platform=platform(_named(gpu)))
     for tokens in grid.prompts:
         try:
-            yield _measure_prefill(decoder, scheme, tokens, device, limits, method)
+            yield _measure_prefill(decoder, scheme, tokens, place)
         except Exception as error:  # likewise
             yield Failure(f"{config.name}, {scheme.name}, a prompt of {tokens:,} tokens", reason(error))
     equal: list[bool] = []
@@ -133,7 +128,7 @@ def measure(
             continue
         try:
             sums = matrices_seconds(cells, scheme.name, setting.batch, config.n_layers)
-            run, same = _measure_decode(decoder, scheme, setting, grid.steps, device, limits, method, sums)
+            run, same = _measure_decode(decoder, scheme, setting, grid.steps, place, sums)
             equal.append(same)
             yield run
         except Exception as error:  # likewise
@@ -179,10 +174,9 @@ def _prefill(decoder: Decoder, tokens: int) -> Run:
     return run
 
 
-def _measure_prefill(
-    decoder: Decoder, scheme: QuantScheme, tokens: int, device: Device, limits: CudaLimits, method: Method
-) -> Prefill:
-    times = device.alternate({"prefill": _prefill(decoder, tokens)}, method.prefill_rounds)
+def _measure_prefill(decoder: Decoder, scheme: QuantScheme, tokens: int, place: Place) -> Prefill:
+    limits, rounds = place.limits, place.method.prefill_rounds
+    times = place.device.alternate({"prefill": _prefill(decoder, tokens)}, rounds)
     seconds, flops = median(times["prefill"]), prefill_flops(decoder.config, tokens)
     read = token_bytes(decoder.config, decoder.weights_bytes)
     least = max(flops / limits.flops_per_s, read / limits.bytes_per_s)
@@ -190,7 +184,7 @@ def _measure_prefill(
         model=decoder.config.name,
         scheme=scheme.name,
         tokens=tokens,
-        rounds=method.prefill_rounds,
+        rounds=rounds,
         flops=flops,
         seconds=seconds,
         roof_share=least / seconds,
@@ -240,16 +234,15 @@ def _measure_decode(
     scheme: QuantScheme,
     setting: Setting,
     steps: int,
-    device: Device,
-    limits: CudaLimits,
-    method: Method,
+    place: Place,
     sums: dict[str, float],
 ) -> tuple[Decode, bool]:
     """Return a decoding, and whether its last logits had the same bits twice."""
     sequences = _Sequences(decoder, setting, steps)
     sequences.run()
     logits = sequences.logits.clone()
-    times = device.alternate({"decode": sequences.run}, method.decode_rounds)
+    rounds = place.method.decode_rounds
+    times = place.device.alternate({"decode": sequences.run}, rounds)
     seconds = median(times["decode"]) / steps
     cached = sequences.cache.nbytes * (2 * setting.context - steps + 1) // (2 * setting.context)
     step_bytes = token_bytes(decoder.config, decoder.weights_bytes) + cached
@@ -260,11 +253,11 @@ def _measure_decode(
         batch=setting.batch,
         context=setting.context,
         steps=steps,
-        rounds=method.decode_rounds,
+        rounds=rounds,
         weights_bytes=decoder.weights_bytes,
         step_bytes=step_bytes,
         seconds=seconds,
-        roof_share=step_bytes / limits.bytes_per_s / seconds,
+        roof_share=step_bytes / place.limits.bytes_per_s / seconds,
         matrices_seconds=sums,
     )
     return run, torch.equal(logits, sequences.logits)

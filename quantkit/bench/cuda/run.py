@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from quantkit.bench.cuda import kernels, limits, models
-from quantkit.bench.cuda.device import Device, Run
+from quantkit.bench.cuda.device import Device, Place, Run
 from quantkit.bench.cuda.models import GRID, QUICK_GRID, Grid
 from quantkit.bench.cuda.results import CudaBench, Decode, Failure, Finding, Gpu, Method, Prefill, Repeat
 from quantkit.bench.results import Cell
@@ -75,12 +75,13 @@ def run(
     start = time.perf_counter()
     device.compile(_jobs(plan, device, gpu))
     notes.change(method=replace(method, compile_s=time.perf_counter() - start))
+    place = Place(device, gpu, known, method)
     if plan.kernels:
-        notes.take(kernels.measure(config, plan.schemes, rows, device, known, method))
+        notes.take(kernels.measure(config, plan.schemes, rows, place))
     for model in plan.models:
         cells = notes.found.cells if model == config else ()
         for scheme in models.with_plain(plan.schemes):
-            notes.take(models.measure(model, scheme, plan.grid, device, gpu, known, method, cells))
+            notes.take(models.measure(model, scheme, plan.grid, place, cells))
             device.release()
     notes.change(finished=True)
     return notes.found

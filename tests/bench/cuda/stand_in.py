@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from quantkit.bench.cuda.device import Place
 from quantkit.bench.cuda.results import CudaLimits, Gpu, Method
 from quantkit.config import ModelConfig
 
@@ -64,3 +65,8 @@ class StandIn:
 
     def release(self) -> None:
         pass
+
+
+def place(device: StandIn) -> Place:
+    """Return where and how tests measure."""
+    return Place(device, device.describe(), LIMITS, METHOD)

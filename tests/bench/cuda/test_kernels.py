@@ -16,7 +16,7 @@ from quantkit.bench.results import Cell
 from quantkit.bench.shapes import SCHEMES
 from quantkit.kernels import reference
 from quantkit.schemes import get_scheme
-from tests.bench.cuda.stand_in import LIMITS, METHOD, TINY, Run, StandIn
+from tests.bench.cuda.stand_in import LIMITS, METHOD, TINY, Run, StandIn, place
 
 GPU = pytest.param(
     "cuda",
@@ -49,7 +49,7 @@ def test_contenders_multiply_by_the_same_weights(name: str, device: str) -> None
 def test_cells_failures_and_repeats() -> None:
     device = StandIn()
     schemes = [get_scheme("int4-g128"), get_scheme("nf4")]
-    found = list(kernels.measure(TINY, schemes, (1, 6), device, LIMITS, METHOD))
+    found = list(kernels.measure(TINY, schemes, (1, 6), place(device)))
     cells = [one for one in found if isinstance(one, Cell)]
     assert [(cell.scheme, cell.m) for cell in cells] == [
         (scheme.name, m) for scheme in schemes for _ in range(4) for m in (1, 6)
@@ -84,7 +84,7 @@ class Broken(StandIn):
 
 
 def test_a_cell_without_quantkit_is_none() -> None:
-    found = list(kernels.measure(TINY, [get_scheme("int8")], (1,), Broken(), LIMITS, METHOD))
+    found = list(kernels.measure(TINY, [get_scheme("int8")], (1,), place(Broken())))
     assert [one.matrix for one in found if isinstance(one, Cell)] == ["qkv", "o"]
     failures = {one.what: one.reason for one in found if isinstance(one, Failure)}
     reason = "RuntimeError: operation not permitted when stream is capturing"

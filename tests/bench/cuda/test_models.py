@@ -14,15 +14,14 @@ from quantkit.bench.results import Cell
 from quantkit.models.kv_cache import KVCache
 from quantkit.presets import PRESETS
 from quantkit.schemes import get_scheme
-from tests.bench.cuda.stand_in import LIMITS, METHOD, TINY, StandIn
+from tests.bench.cuda.stand_in import LIMITS, METHOD, TINY, StandIn, place
 
 GRID = Grid(prompts=(16,), batches=(1, 3), contexts=(40,), steps=4)
 
 
 def run(name: str, device: StandIn, grid: Grid = GRID) -> list[Finding]:
     torch.manual_seed(0)
-    gpu = device.describe()
-    return list(models.measure(TINY, get_scheme(name), grid, device, gpu, LIMITS, METHOD, []))
+    return list(models.measure(TINY, get_scheme(name), grid, place(device), []))
 
 
 def test_a_model_runs_a_prompt_and_decodes() -> None:
