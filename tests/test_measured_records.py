@@ -14,7 +14,7 @@ from quantkit.records import read_record
 from quantkit.report.errors import BARS, misses
 
 FOLDER = Path(__file__).parent.parent / "reports" / "measured"
-RECORDS = sorted(path for path in FOLDER.glob("*.json") if '"quantkit-record"' in path.read_text()[:200])
+RECORDS = sorted(path for path in FOLDER.glob("*.json") if '"kind": "measure"' in path.read_text()[:200])
 FIELDS = Cell.__dataclass_fields__
 
 

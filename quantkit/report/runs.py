@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from quantkit.bench.results import Bench
+from quantkit.bench.cuda.results import AnyBench
 from quantkit.errors import RecordError
 from quantkit.records import read_record
 from quantkit.report.bench_run import read_bench
@@ -199,7 +199,7 @@ class BenchRun:
     """A record of kind `bench`."""
 
     source: Source
-    bench: Bench
+    bench: AnyBench
 
     @property
     def model(self) -> str:

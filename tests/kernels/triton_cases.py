@@ -200,10 +200,10 @@ def test_the_operator_has_a_fake_that_compile_and_trace_see() -> None:
 @pytest.mark.parametrize("capability", FAMILIES)
 def test_the_launches_of_every_family(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = FAMILIES[capability]
-    monkeypatch.setattr(launch, "_tuning", lambda device: chosen)
+    monkeypatch.setattr(launch, "tuned", lambda device: chosen)
     weight = random_matrix(SCHEMES["int4-g128-asym"], (40, 640), torch.bfloat16)
     packed = ops.prepare(weight, "triton")
-    limits = [batch.limit for batch in chosen.batches]
+    limits = [batch.limit for batch in chosen.batches.get("int4-asym", ())]
     assert limits == sorted(limits)
     for rows in (1, *limits):
         x = random_x(rows, 640, torch.float16)
@@ -212,7 +212,7 @@ def test_the_launches_of_every_family(capability: int, monkeypatch: pytest.Monke
 
 def test_one_row_on_the_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     without = replace(FAMILIES[90], vector=frozenset())
-    monkeypatch.setattr(launch, "_tuning", lambda device: without)
+    monkeypatch.setattr(launch, "tuned", lambda device: without)
     weight = random_matrix(SCHEMES["int4-g64"], (40, 320), torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float32):  # float32 is none of theirs
         x = random_x(1, 320, dtype)

@@ -286,8 +286,8 @@ def batch_kernel(
     out: tl.tensor, M: tl.tensor, N: tl.tensor, K: tl.tensor, tiles: tl.tensor,
     BITS: tl.constexpr, NF4: tl.constexpr, ZEROS: tl.constexpr, NESTED: tl.constexpr, GROUP: tl.constexpr,
     SPANS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, INTERPRET: tl.constexpr,
-    SPLIT_TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SCALED: tl.constexpr,
-    OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
+    SPLIT_TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,
+    SCALED: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
 ) -> None:  # fmt: skip
     """Multiply BLOCK_M rows of x (M, K) by BLOCK_N rows over SPLIT_TILES tiles: out (splits, M, N).
 
@@ -321,42 +321,43 @@ def batch_kernel(
         )
     if OVERLAP:
         gdc_wait()
-    for step in range(SPLIT_TILES):
-        tile = split * SPLIT_TILES + step
-        there = tile if EVEN else tl.minimum(tile, tiles - 1)
-        pieces = _pieces(codes, (there * N + inside) * _TILE, codebook, dtype, BITS, NF4, INTERPRET)
-        if GROUP > 0:
-            tile_scales = ahead
-            ahead = _tile_scales(
-                scales, nested, offset, dynamic_map, inside, tile + 1, N, K, PER, SPANS, GROUP, NESTED
-            )
-        for span in tl.static_range(PER // SPANS):
-            part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            if (GROUP == 0 or SCALED) and not ZEROS:
-                part = sums
-            x_sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for i in tl.static_range(span * SPANS, (span + 1) * SPANS):
-                columns = (tile * PER + i) * _SPAN + span_at
-                mask = lines < M if EVEN else (lines < M) & (columns < K)
-                x_i = tl.load(x_at + columns, mask=mask, other=0.0).to(dtype)
-                if SCALED:
-                    part = tl.dot(pieces[i] * tile_scales[span].to(dtype), x_i, part)
-                else:
-                    part = tl.dot(pieces[i], x_i, part)
+    for first in range(0, SPLIT_TILES, UNROLL):
+        for u in tl.static_range(UNROLL):
+            tile = split * SPLIT_TILES + first + u
+            there = tile if EVEN else tl.minimum(tile, tiles - 1)
+            pieces = _pieces(codes, (there * N + inside) * _TILE, codebook, dtype, BITS, NF4, INTERPRET)
+            if GROUP > 0:
+                tile_scales = ahead
+                ahead = _tile_scales(
+                    scales, nested, offset, dynamic_map, inside, tile + 1, N, K, PER, SPANS, GROUP, NESTED
+                )
+            for span in tl.static_range(PER // SPANS):
+                part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                if (GROUP == 0 or SCALED) and not ZEROS:
+                    part = sums
+                x_sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                for i in tl.static_range(span * SPANS, (span + 1) * SPANS):
+                    columns = (tile * PER + i) * _SPAN + span_at
+                    mask = lines < M if EVEN else (lines < M) & (columns < K)
+                    x_i = tl.load(x_at + columns, mask=mask, other=0.0).to(dtype)
+                    if SCALED:
+                        part = tl.dot(pieces[i] * tile_scales[span].to(dtype), x_i, part)
+                    else:
+                        part = tl.dot(pieces[i], x_i, part)
+                    if ZEROS:
+                        x_sums = tl.dot(ones, x_i, x_sums)
                 if ZEROS:
-                    x_sums = tl.dot(ones, x_i, x_sums)
-            if ZEROS:
-                group = 0
-                if GROUP > 0:
-                    group = tl.minimum((tile * PER + span * SPANS) * _SPAN, K - 1) // GROUP
-                zero = _zero(zeros, inside, group, N, BITS, ZEROS)
-                part -= (zero - (1 << (BITS - 1))) * x_sums
-            if GROUP > 0 and not SCALED:
-                sums += part * tile_scales[span]
-            elif ZEROS:
-                sums += part
-            else:
-                sums = part
+                    group = 0
+                    if GROUP > 0:
+                        group = tl.minimum((tile * PER + span * SPANS) * _SPAN, K - 1) // GROUP
+                    zero = _zero(zeros, inside, group, N, BITS, ZEROS)
+                    part -= (zero - (1 << (BITS - 1))) * x_sums
+                if GROUP > 0 and not SCALED:
+                    sums += part * tile_scales[span]
+                elif ZEROS:
+                    sums += part
+                else:
+                    sums = part
     if GROUP == 0:
         sums *= tl.load(scales + inside).to(tl.float32)
     if BIAS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from functools import lru_cache
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import triton
 
 from calculators.units import ceil_div
+from quantkit.errors import BackendError
 from quantkit.kernels.triton import kernels
 from quantkit.kernels.triton.layout import Tiles
 from quantkit.kernels.triton.tuning import FAMILIES, HOPPER, Batch, Tuning, tuning
@@ -16,6 +18,9 @@ from quantkit.quantize.nf4 import NF4_CODEBOOK, dynamic_map_on
 
 INTERPRETED = not isinstance(kernels.vector_kernel, triton.JITFunction)  # TRITON_INTERPRET was set at import
 SUM_BLOCK = 512  # sums a program of `sum_kernel`
+UNASKED_SHARED = 48 << 10  # bytes that a kernel may use
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_GRANTED: set[int] = set()  # kernels
 _SMALLEST_BLOCK = 8  # rows of x that the tensor cores take
 
 
@@ -32,7 +37,7 @@ def linear(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None) -> torch.T
 
 def dequantize(matrix: Tiles, dtype: torch.dtype) -> torch.Tensor:
     """Return the (N, K) matrix in `dtype`, computed in float32 and rounded once."""
-    chosen = _tuning(matrix.codes.device)
+    chosen = tuned(matrix.codes.device)
     out = torch.empty(matrix.rows, matrix.cols, dtype=_stored(dtype), device=matrix.codes.device)
     with torch.cuda.device_of(out):
         kernels.dequantize_kernel[ceil_div(matrix.rows, chosen.dequantize_rows), matrix.codes.shape[0]](
@@ -59,7 +64,7 @@ def dequantize_constants(matrix: Tiles, chosen: Tuning) -> dict[str, Any]:
 
 def vector_constants(matrix: Tiles, chosen: Tuning) -> dict[str, Any]:
     """Return the compile-time arguments of `vector_kernel`."""
-    split_tiles = _split_tiles(matrix, chosen.vector_rows, chosen.vector_unroll, chosen.programs)
+    split_tiles = _split_tiles(matrix, chosen.vector_rows, chosen.vector_unroll, chosen.vector_programs)
     return (
         _constants(matrix)
         | {
@@ -76,7 +81,7 @@ def vector_constants(matrix: Tiles, chosen: Tuning) -> dict[str, Any]:
 def batch_constants(matrix: Tiles, batch: Batch, lines: int, chosen: Tuning) -> dict[str, Any]:
     """Return the compile-time arguments of `batch_kernel` for so many rows of x."""
     block = min(batch.lines, max(_SMALLEST_BLOCK, triton.next_power_of_2(lines)))
-    split_tiles = _split_tiles(matrix, batch.rows, 1, batch.programs // ceil_div(lines, block))
+    split_tiles = _split_tiles(matrix, batch.rows, batch.unroll, batch.programs // ceil_div(lines, block))
     return (
         _constants(matrix)
         | {
@@ -84,8 +89,9 @@ def batch_constants(matrix: Tiles, batch: Batch, lines: int, chosen: Tuning) -> 
             "SPLIT_TILES": split_tiles,
             "BLOCK_N": batch.rows,
             "BLOCK_M": block,
+            "UNROLL": batch.unroll,
             "SCALED": batch.scaled,
-            "AHEAD": min(split_tiles, batch.stages),
+            "AHEAD": min(split_tiles, batch.stages * batch.unroll),
             "num_warps": batch.warps,
             "num_stages": batch.stages,
         }
@@ -133,9 +139,9 @@ def parts(x: torch.Tensor, matrix: Tiles) -> torch.Tensor:
 
 def _parts(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
     """Return the parts; a single one has the bias already."""
-    chosen = _tuning(x.device)
+    chosen = tuned(x.device)
     half = x.dtype in (torch.bfloat16, torch.float16)
-    batch = chosen.batch(x.shape[0])
+    batch = chosen.batch(matrix.kind, x.shape[0])
     if x.shape[0] == 1 and (matrix.kind in chosen.vector or not half or batch is None):
         return _vector(x, matrix, bias, chosen)
     assert batch is not None
@@ -147,7 +153,7 @@ def takes(x: torch.Tensor, matrix: Tiles) -> bool:
     if matrix.flat:
         return False
     half = x.dtype in (torch.bfloat16, torch.float16)
-    return x.shape[0] == 1 or (half and _tuning(x.device).batch(x.shape[0]) is not None)
+    return x.shape[0] == 1 or (half and tuned(x.device).batch(matrix.kind, x.shape[0]) is not None)
 
 
 def _vector(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, chosen: Tuning) -> torch.Tensor:
@@ -167,12 +173,34 @@ def _batch(
     constants = batch_constants(matrix, batch, x.shape[0], chosen)
     out = _sums(x, matrix, constants["SPLIT_TILES"])
     grid = ceil_div(matrix.rows, batch.rows), out.shape[0], ceil_div(x.shape[0], constants["BLOCK_M"])
-    kernels.batch_kernel[grid](
-        x, *_arguments(matrix, x.dtype), bias if out.shape[0] == 1 else None, out,
+    single = out.shape[0] == 1
+    arguments = (
+        x, *_arguments(matrix, x.dtype), bias if single else None, out,
         x.shape[0], matrix.rows, matrix.cols, matrix.codes.shape[0],
-        BIAS=bias is not None and out.shape[0] == 1, **constants,
     )  # fmt: skip
+    constants["BIAS"] = bias is not None and single
+    if matrix.nf4 and not INTERPRETED:
+        _grant_shared(kernels.batch_kernel.warmup(*arguments, grid=grid, **constants))
+    kernels.batch_kernel[grid](*arguments, **constants)
     return out
+
+
+def _grant_shared(compiled: Any) -> None:
+    """Let a compiled kernel with a table of its own in shared memory be launched.
+
+    A kernel may use 48 KiB without asking. Triton asks where its own share, `metadata.shared`, is more, and does not
+    count the table.
+    """
+    shared = compiled.metadata.shared
+    _ = compiled.run  # loads the kernel
+    if shared > UNASKED_SHARED or compiled.function in _GRANTED:
+        return
+    failed = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(
+        ctypes.c_void_p(compiled.function), _MAX_DYNAMIC_SHARED, shared
+    )
+    if failed:
+        raise BackendError(f"CUDA grants no {shared:,} bytes of shared memory to a kernel (error {failed})")
+    _GRANTED.add(compiled.function)
 
 
 def _split_tiles(matrix: Tiles, block: int, step: int, programs: int) -> int:
@@ -201,7 +229,7 @@ def _total(parts: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -
         out,
         out.numel(),
         out.shape[1],
-        **sum_constants(parts.shape[0], bias is not None, _tuning(parts.device)),
+        **sum_constants(parts.shape[0], bias is not None, tuned(parts.device)),
     )
     return out.to(dtype)
 
@@ -231,7 +259,8 @@ def codebook_on(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
 
 
 @lru_cache
-def _tuning(device: torch.device) -> Tuning:
+def tuned(device: torch.device) -> Tuning:
+    """Return the launches on a device."""
     if device.type != "cuda":
         return FAMILIES[HOPPER]  # the interpreter
     major, minor = torch.cuda.get_device_capability(device)

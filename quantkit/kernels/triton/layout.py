@@ -68,8 +68,8 @@ class Tiles:
 
     @property
     def kind(self) -> str:
-        """`int8`, `int4` or `nf4`."""
-        return "nf4" if self.nf4 else f"int{self.bits}"
+        """`int8`, `int4`, `int4-asym` or `nf4`."""
+        return "nf4" if self.nf4 else f"int{self.bits}" + ("" if self.zeros is None else "-asym")
 
     @property
     def tile_cols(self) -> int:
