@@ -130,7 +130,7 @@ class Machine:
         if self.gpu:
             from quantkit.calibration import calibrated
 
-            base = calibrated(self.gpu.name) or base
+            base = calibrated(self.gpu.name, base)
         return replace(base, attention=attention, expandable_segments=self.expandable_segments)
 
 

@@ -21,6 +21,16 @@ def test_a_card_has_less_than_it_is_sold_with_and_says_who_saw_it() -> None:
     assert list(GPUS) == sorted(GPUS, key=lambda gpu: gpu.sold_gb)
 
 
+@pytest.mark.parametrize(
+    ("name", "cores"),
+    [("T4", 2560), ("A100 80GB", 6912), ("RTX 4090", 16384), ("H100 80GB", 16896), ("L4", 7424)],
+)
+def test_a_multiprocessor_has_so_many_cores_as_its_architecture_gives_it(name: str, cores: int) -> None:
+    gpu = find_gpu(name)
+    assert gpu.sm_count * (64 if gpu.capability in ((7, 0), (7, 5), (8, 0)) else 128) == cores
+    assert platform_of(gpu).sm_count == gpu.sm_count
+
+
 def test_a_card_has_a_bandwidth_that_somebody_published() -> None:
     for gpu in GPUS:
         assert 200 < gpu.bandwidth_gb_s <= 8000, gpu.name

@@ -225,7 +225,7 @@ def test_a_calibrated_gpu_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) 
 
     measured = Overhead(300 * 2**20, "measured", "CUDA context on this machine")
     platform = Platform(measured, replace(measured, nbytes=2**20))
-    monkeypatch.setattr(calibration, "calibrated", lambda name: platform if name == "H200" else None)
+    monkeypatch.setattr(calibration, "calibrated", lambda name, known: platform if name == "H200" else known)
     found = body("--gpu", "H200", "--context", "1k")
     assert found["assumptions"]["overhead"]["status"] == "measured"
     assert found["estimates"][0]["overhead_bytes"] == 301 * 2**20
