@@ -27,6 +27,11 @@ def score_rows(heads: int, keys: int) -> int:
     return max(1, SCORE_ELEMENTS // (heads * keys))
 
 
+def frequency_bytes(head_dim: int) -> int:
+    """Return the bytes of a decoder's rotary frequencies, which it makes after its weights."""
+    return head_dim // 2 * FP32
+
+
 def fixtures(tape: Tape, cache_parts: Sequence[int]) -> None:
     """Play what is made before the first token and stays: rotations, the cache, its scratch, token ids."""
     letters = tape.letters

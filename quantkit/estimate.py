@@ -171,8 +171,8 @@ class Estimator:
 
     @property
     def loaded_bytes(self) -> int:
-        """Allocated once the weights are loaded, which is also the most while they are."""
-        return loaded_bytes(self.weights, self.platform.expandable_segments)
+        """Allocated once the decoder is made, which is also the most until then."""
+        return loaded_bytes(self.weights, self.config.head_dim, self.platform.expandable_segments)
 
     def estimate(self, workload: Workload) -> MemoryEstimate:
         """Return what a workload takes."""
