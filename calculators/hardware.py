@@ -36,7 +36,7 @@ class GPU:
         sm_count: streaming multiprocessors, as NVIDIA's datasheets give them.
         sold_gb: the figure on the box.
         usable_bytes: the device's memory as software reports it.
-        usable_source: URL of where somebody saw it reported.
+        usable_source: URL of where somebody saw it reported, or a record of this project.
         bandwidth_gb_s: of its memory, in 10**9 bytes per second, as advertised.
         bandwidth_source: URL.
         aliases: other names of it.
@@ -78,6 +78,7 @@ _H100 = (
     "http://www3.anandtech.com/Show/Index/18780?cPage=1&all=False&sort=0&page=1"
     "&slug=nvidia-announces-h100-nvl-max-memory-server-card-for-large-language-models"
 )
+_H200 = "reports/measured/mistral-7b-h200.json"  # a record of this project
 
 _CONSUMER = (
     GPU("RTX 2080 Ti", (7, 5), 68, 11, _gib(10.76), f"{_GITHUB}JDAI-CV/image-captioning/issues/11",
@@ -150,8 +151,8 @@ _DATA_CENTRE = (
         ("H100 80GB HBM3", "H100 SXM", "H100 SXM5", "H100 SXM 80GB", "H100 SXM5 80GB", "H100 80GB SXM")),
     GPU("H100 NVL", (9, 0), 132, 94, _gib(93.00), f"{_GITHUB}ali-vilab/VACE/issues/56", 3900, _H100,
         ("H100 NVL 94GB",)),
-    GPU("H200", (9, 0), 132, 141, 143771 * MIB, f"{_GITHUB}NVIDIA/cuda-samples/issues/311",
-        4800, "https://www.nvidia.com/en-us/data-center/h200/", ("H200 SXM",), "nvidia-smi"),
+    GPU("H200", (9, 0), 132, 141, 150_109_880_320, _H200,
+        4800, "https://www.nvidia.com/en-us/data-center/h200/", ("H200 SXM",)),
     # 7680 bits at 3996 MHz, twice a cycle, as the source's device reports; 8000 are advertised.
     GPU("B200", (10, 0), 148, 180, _gib(178.35), f"{_GITHUB}pytorch/ao/pull/4002",
         7672, f"{_GITHUB}pytorch/ao/pull/4002"),
@@ -207,7 +208,8 @@ class Overhead:
 
     Attributes:
         nbytes: its size.
-        status: `assumed`; `published` by others for a card of this family; `measured` on the device at hand.
+        status: `assumed`; `published` by others for a card of this family; `measured` on such a card, or on the
+            one at hand.
         source: where the figure comes from.
     """
 
@@ -273,6 +275,14 @@ _CONTEXTS = {
         _gib(0.7), "assumed", "CUDA context about 0.7 GiB, told of B200 without a page to cite"
     ),
 }  # before any kernel: those are loaded lazily, and add to it over a run
+_MEASURED_CONTEXTS = {
+    "H200": Overhead(
+        710_934_528,
+        "measured",
+        "CUDA context and loaded kernels 678 MiB (518 MiB before the first kernel; PyTorch 2.11, driver 580.159.04: "
+        f"{_H200})",
+    ),
+}  # after runs
 _STANDS_IN = {(7, 0): (8, 0), (7, 5): (8, 6), (12, 0): (10, 0)}  # nothing is published for the former
 
 _HANDLES = "aten/src/ATen/cuda/CublasHandlePool.cpp"
@@ -283,7 +293,7 @@ _PROJECTS_TORCH = (2, 13)
 
 
 def platform_of(gpu: GPU | None, torch_version: str | None = None) -> Platform:
-    """Return what a GPU and PyTorch take, as published where anything is; `ASSUMED_PLATFORM` for None.
+    """Return what a GPU and PyTorch take, as measured or published where anything is; `ASSUMED_PLATFORM` for None.
 
     Args:
         gpu: the card.
@@ -300,6 +310,8 @@ def platform_of(gpu: GPU | None, torch_version: str | None = None) -> Platform:
 
 
 def _context(gpu: GPU) -> Overhead:
+    if gpu.name in _MEASURED_CONTEXTS:
+        return _MEASURED_CONTEXTS[gpu.name]
     if gpu.capability in _CONTEXTS:
         return _CONTEXTS[gpu.capability]
     known = _CONTEXTS[_STANDS_IN[gpu.capability]]

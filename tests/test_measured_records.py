@@ -12,7 +12,7 @@ import pytest
 from calculators.hardware import Platform
 from quantkit.estimate import Estimator, Workload
 from quantkit.measure.cells import Cell, estimated
-from quantkit.measure.cuda import platform
+from quantkit.measure.cuda import outside_bytes, platform
 from quantkit.measure.events import first_difference
 from quantkit.measure.trace import Event, trace
 from quantkit.presets import PRESETS
@@ -47,6 +47,8 @@ def test_a_record_is_what_is_estimated_now(path: Path, monkeypatch: pytest.Monke
         for exact in ("weights_bytes", "kv_cache_bytes"):
             assert row["measured"][exact] == now[exact], cell.describe()
     assert not missed, "\n".join(missed)
+    if known.context.status == "measured":
+        assert known.context.nbytes == outside_bytes(body["cells"])
 
 
 def event_runs() -> list[Any]:
