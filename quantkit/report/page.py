@@ -164,7 +164,11 @@ def _measured(run: MeasureRun, stem: str) -> tuple[Files, str]:
         tables.errors_markdown(run),
         f"![Estimated against {kind.lower()}, a panel for each quantity: {name}]({scatter})\n",
     ]
-    for quantity in run.quantities:
+    exact = [quantity for quantity in run.quantities if all(cell.exact(quantity) for cell in run.cells)]
+    if exact:
+        titles = ", ".join(quantity.removesuffix("_bytes") for quantity in exact)
+        section.append(f"Estimated to the byte in every cell: {titles}.\n")
+    for quantity in (quantity for quantity in run.quantities if quantity not in exact):
         title = quantity.removesuffix("_bytes")
         files[f"{stem}-error-{title}.png"] = png(error_map(run, quantity))
         section.append(f"![Error over precision and context, {title}: {name}]({stem}-error-{title}.png)\n")

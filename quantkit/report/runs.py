@@ -163,6 +163,10 @@ class MeasuredCell:
     measured: Mapping[str, int]
     estimated: Mapping[str, int]
 
+    def exact(self, quantity: str) -> bool:
+        """Whether the estimate of a quantity is what was measured, to the byte."""
+        return self.measured[quantity] == self.estimated[quantity]
+
 
 @dataclass(frozen=True)
 class MeasureRun:

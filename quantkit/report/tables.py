@@ -153,7 +153,7 @@ def errors_markdown(run: MeasureRun) -> str:
             found = errors(quantity, pairs)
             if found:
                 shares = (found.mean_absolute, found.largest, found.mean_signed)
-                mean, largest, signed = (f"{share:+.3%}" for share in shares)
+                mean, largest, signed = (f"{share:+.3%}" if share else "0" for share in shares)
                 bar = f"{BARS[quantity]:.0%}" + (" or 16 MiB" if quantity == "other_bytes" else "")
                 title = quantity.removesuffix("_bytes")
                 rows.append(
