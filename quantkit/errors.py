@@ -7,7 +7,8 @@ QuantkitError                 one clear line that says what to do; the CLI exits
 ├── TokenizerError            a tokenizer that is missing or of an unknown kind
 ├── OutputError               an output that exists, does not fit on the disk or cannot be written
 ├── RecordError               a record that is not one of quantkit's, or lacks what a report needs
-└── BackendError              a kernel backend that is asked for and missing, or a bad kernel argument
+├── BackendError              a kernel backend that is asked for and missing, or a bad kernel argument
+└── DeviceMemoryError         a GPU whose memory does not hold what was to run on it
 """
 
 
@@ -41,3 +42,7 @@ class RecordError(QuantkitError):
 
 class BackendError(QuantkitError):
     """A kernel backend is missing, or an operator was given a bad argument."""
+
+
+class DeviceMemoryError(QuantkitError):
+    """A GPU's memory does not hold what was to run on it."""

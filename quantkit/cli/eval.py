@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     "--kv-group", type=click.IntRange(0), default=0, help="Elements that share a KV scale [default: a head]."
 )
 @options.dtype
+@options.device
 @options.policy
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path), help="Record [default: perplexity-MODEL.json]."
@@ -60,6 +61,7 @@ def command(
     kv_bits: Sequence[str],
     kv_group: int,
     dtype: str | None,
+    device: str,
     include: Sequence[str],
     exclude: Sequence[str],
     indivisible: str,
@@ -75,6 +77,7 @@ def command(
     if text and dataset:
         raise click.UsageError("--text and --dataset exclude each other: name one text")
     from quantkit.evaluate import run, texts
+    from quantkit.kernels.ops import choose_device
     from quantkit.records import new_record, write_record
     from quantkit.schemes import get_scheme
 
@@ -85,7 +88,15 @@ def command(
     )
     caches = [int(bits) for bits in dict.fromkeys(kv_bits)]
     evaluation = run.Evaluation(
-        checkpoint, source, window, stride, limit_tokens, caches or (None,), kv_group, dtype
+        checkpoint,
+        source,
+        window,
+        stride,
+        limit_tokens,
+        caches or (None,),
+        kv_group,
+        dtype,
+        choose_device(device),
     )
     if evaluation.windows.window > checkpoint.config.max_context:
         remarks.warn(
@@ -127,7 +138,7 @@ def _text(evaluation: Evaluation, body: dict[str, Any]) -> str:
     short = ["scheme", "KV", "perplexity", "difference", "tok/s", "bytes"]
     about = (
         f"{body['model']} on {protocol['text']}: {protocol['tokens_scored']:,} tokens scored in "
-        f"{protocol['windows']:,} windows of {protocol['window']:,}, computed in {body['dtype']}"
+        f"{protocol['windows']:,} windows of {protocol['window']:,}, computed in {body['dtype']} on {body['device']}"
     )
     differences = [result["difference"] for result in body["results"]]
     beside = bars.lengths("", differences, "bars: the difference to the original's perplexity")

@@ -19,6 +19,7 @@ from quantkit.cli import options, remarks
 @click.option("--scheme", metavar="NAME", help="Quantize to this in memory first.")
 @options.kv_bits
 @options.dtype
+@options.device
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object at the end instead of streaming.")
 @remarks.quiet
 @options.examples(
@@ -36,16 +37,21 @@ def command(
     scheme: str | None,
     kv_bits: int | None,
     dtype: str | None,
+    device: str,
     as_json: bool,
 ) -> None:
     """Continue PROMPT with MODEL, a directory, a .gguf file or the embedded model, the default."""
     from quantkit.errors import QuantkitError
+    from quantkit.estimate import Workload
+    from quantkit.kernels.ops import choose_device
     from quantkit.models.generate import Sampling, generate
     from quantkit.models.loader import load
+    from quantkit.room import in_memory
     from quantkit.schemes import get_scheme, plan_weights
 
     model, prompt = words
     wanted = get_scheme(scheme) if scheme else None
+    place = choose_device(device)
     checkpoint = options.open_weights(model)
     config = checkpoint.config
     tokenizer = checkpoint.tokenizer()
@@ -60,17 +66,19 @@ def command(
         )
     plan = plan_weights(config, wanted) if wanted else None
     compute = wanted.dtype or dtype if wanted else dtype
-    with remarks.progress("loading", config.parameters) as bar:
-        decoder = load(checkpoint, compute, plan, progress=bar.update)
     stop_ids = {*config.eos_token_ids, *tokenizer.eos_ids}
     stream = tokenizer.stream()
     sampling = Sampling(temperature, top_p, seed)
     pieces, new_tokens = [], 0
-    for token in generate(decoder, ids, max_new_tokens, sampling, stop_ids, kv_bits):
-        new_tokens += 1
-        pieces.append(stream.feed(token))
-        if not as_json:
-            click.echo(pieces[-1], nl=False)
+    run = Workload(len(ids) + max_new_tokens, kv_bits=kv_bits)
+    with in_memory(config, compute or config.dtype, plan or checkpoint.schemes, run):
+        with remarks.progress("loading", config.parameters) as bar:
+            decoder = load(checkpoint, compute, plan, place, progress=bar.update)
+        for token in generate(decoder, ids, max_new_tokens, sampling, stop_ids, kv_bits):
+            new_tokens += 1
+            pieces.append(stream.feed(token))
+            if not as_json:
+                click.echo(pieces[-1], nl=False)
     pieces.append(stream.finish())
     if not as_json:
         click.echo(pieces[-1])

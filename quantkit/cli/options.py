@@ -96,6 +96,13 @@ kv_bits = click.option(
 dtype = click.option(
     "--dtype", type=click.Choice(list(DTYPE_BITS)), help="Compute in this [default: the checkpoint's]."
 )
+device = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the model runs; auto is a GPU where PyTorch sees one.",
+)
 _include = click.option(
     "--include", multiple=True, metavar="PATTERN", help="Also quantize these, such as lm_head; repeatable."
 )

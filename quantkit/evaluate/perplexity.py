@@ -106,7 +106,7 @@ def perplexity(
 ) -> Score:
     """Score a text's ids; `progress` is told how many windows each step finished."""
     cut = windows.cut(ids).to(decoder.device)
-    per_batch = max(1, _TOKENS_PER_BATCH // windows.window)
+    per_batch = batch_of(windows.window)
     sums: list[torch.Tensor] = []
     counts: list[int] = []
     started = time.perf_counter()
@@ -126,6 +126,11 @@ def perplexity(
     sizes = torch.tensor(counts, dtype=torch.float64)
     error = _standard_error(totals - mean * sizes, sizes)
     return Score(mean, error, sum(counts), seconds, totals, sizes)
+
+
+def batch_of(window: int) -> int:
+    """Return the windows that run through the model together."""
+    return max(1, _TOKENS_PER_BATCH // window)
 
 
 def token_nll(

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.errors import QuantkitError, SchemeError
-from quantkit.evaluate.perplexity import Score, Windows, perplexity
+from quantkit.estimate import Workload
+from quantkit.evaluate.perplexity import Score, Windows, batch_of, perplexity
 from quantkit.evaluate.texts import Text
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.kernels.ops import choose_backend
+from quantkit.kernels.ops import choose_backend, device_name
 from quantkit.models.loader import load
+from quantkit.room import in_memory
 from quantkit.schemes import Indivisible, QuantScheme, plan_weights
 
 DEFAULT_WINDOW = 2048
@@ -41,6 +43,7 @@ class Evaluation:
         kv_bits: bits of the KV caches that each precision is run with; None means the compute dtype's.
         kv_group: elements of a head that share a scale of the cache; 0 is the whole head.
         dtype: compute dtype; None means the checkpoint's.
+        device: `cpu` or `cuda`.
 
     Raises:
         QuantkitError: the text does not fill a window, or windows in which a quantized cache would go unused.
@@ -56,7 +59,9 @@ class Evaluation:
         kv_bits: Sequence[int | None] = (None,),
         kv_group: int = 0,
         dtype: str | None = None,
+        device: str = "cpu",
     ) -> None:
+        self.device, self.backend = device, choose_backend("auto", device)
         self.checkpoint, self.text, self.kv_bits, self.kv_group = checkpoint, text, kv_bits, kv_group
         self.dtype = dtype or checkpoint.config.dtype
         window = window or min(DEFAULT_WINDOW, checkpoint.config.max_context)
@@ -100,13 +105,15 @@ class Evaluation:
     def _scores(
         self, name: str, dtype: str, plan: dict[str, QuantScheme], progress: Callable[[int], None] | None
     ) -> list[Result]:
-        decoder = load(self.checkpoint, dtype, plan)
-        results = []
-        for kv_bits in self.kv_bits:
-            bits = decoder.new_cache(1, 1, kv_bits, self.kv_group).bits
-            score = perplexity(decoder, self.ids, self.windows, kv_bits, progress, self.kv_group)
-            group = self.kv_group if bits < 16 else 0
-            results.append(Result(name, bits, group, decoder.weights_bytes, score))
+        results, window = [], self.windows.window
+        runs = Workload(window, batch_of(window), self.kv_bits[0], self.kv_group, window)
+        with in_memory(self.checkpoint.config, dtype, plan or self.checkpoint.schemes, runs):
+            decoder = load(self.checkpoint, dtype, plan, self.device)
+            for kv_bits in self.kv_bits:
+                bits = decoder.new_cache(1, 1, kv_bits, self.kv_group).bits
+                score = perplexity(decoder, self.ids, self.windows, kv_bits, progress, self.kv_group)
+                group = self.kv_group if bits < 16 else 0
+                results.append(Result(name, bits, group, decoder.weights_bytes, score))
         return results
 
     def body(self, results: Sequence[Result]) -> dict[str, Any]:
@@ -129,7 +136,8 @@ class Evaluation:
                 "not scored; a short tail dropped; perplexity = exp(total NLL / tokens scored)",
             },
             "dtype": self.dtype,
-            "backend": choose_backend(),
+            "device": device_name(self.device),
+            "backend": self.backend,
             "results": [
                 {
                     "scheme": result.scheme,

@@ -17,10 +17,30 @@ from quantkit.kernels.triton import TiledWeight
 from quantkit.schemes import QuantScheme
 from quantkit.tensor import QuantizedTensor
 
+DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("triton", "native", "reference")
 OLDEST_CAPABILITY = (7, 5)  # of a GPU that Triton's kernels run on
 
 Prepared = QuantizedTensor | PackedWeight | TiledWeight
+
+
+def choose_device(name: str = "auto") -> str:
+    """Return `cpu` or `cuda`; `auto` is a GPU where PyTorch sees one.
+
+    Raises:
+        BackendError: `cuda` is asked for and there is none, or the name is unknown.
+    """
+    if name not in DEVICES:
+        raise BackendError(f"unknown device {name!r}; known are {', '.join(DEVICES)}")
+    visible = torch.cuda.is_available()
+    if name == "cuda" and not visible:
+        raise BackendError(f"no CUDA GPU is visible to PyTorch {torch.__version__}: take the cpu")
+    return "cuda" if visible and name != "cpu" else "cpu"
+
+
+def device_name(device: str) -> str:
+    """Return `cpu`, or what a GPU calls itself."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 
 def choose_backend(name: str = "auto", device: torch.device | str = "cpu") -> str:
@@ -105,10 +125,18 @@ def prepare(weight: QuantizedTensor, backend: str, arena: Arena | None = None) -
     return native.pack([weight], arena) if repacks(weight.scheme, weight.shape[1], backend) else weight
 
 
-def fuse(weights: Sequence[QuantizedTensor], backend: str, arena: Arena | None = None) -> Prepared | None:
-    """Return matrices of one K as one below the other, None where `backend` cannot."""
+def fuse(
+    weights: Sequence[QuantizedTensor],
+    backend: str,
+    arena: Arena | None = None,
+    device: torch.device | str | None = None,
+) -> Prepared | None:
+    """Return matrices of one K as one below the other, None where `backend` cannot.
+
+    They may lie on the host: each goes to `device`, None meaning where it is, when it is its turn to be repacked.
+    """
     if backend == "triton" and triton.fusable(weights):
-        return triton.pack(weights)
+        return triton.pack(weights, device)
     return native.pack(weights, arena) if backend == "native" and native.fusable(weights) else None
 
 

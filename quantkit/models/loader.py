@@ -35,6 +35,9 @@ def load(
 ) -> Decoder:
     """Return a model ready to run.
 
+    Tensors go to the device one by one. The host keeps no more than the parts of one fused matrix. Beside the model,
+    a GPU holds what repacking a matrix takes: for gate and up together up to four and a half times their bytes.
+
     Args:
         checkpoint: where the weights lie.
         dtype: compute dtype (`fp32`, `bf16`, `fp16`); None means the checkpoint's.
@@ -68,11 +71,11 @@ def load(
             kept = weight.to(stored) if plan else weight
             weights[spec.name] = kept.to(device, compute)
         elif parts:
-            waiting[spec.name] = weight.to(device)
+            waiting[spec.name] = weight
         else:
             weights[spec.name] = ops.prepare(weight.to(device), chosen, arena)
         if parts and spec.name == parts[-1]:
-            weights |= _prepare_parts(fused, parts, waiting, chosen, arena)
+            weights |= _prepare_parts(fused, parts, waiting, chosen, arena, device)
             waiting = {}
         if not waiting:
             scratch.clear()
@@ -109,14 +112,19 @@ def _fused(name: str) -> tuple[str, list[str]]:
 
 
 def _prepare_parts(
-    name: str, parts: Sequence[str], weights: Mapping[str, QuantizedTensor], backend: str, arena: Arena
+    name: str,
+    parts: Sequence[str],
+    weights: Mapping[str, QuantizedTensor],
+    backend: str,
+    arena: Arena,
+    device: torch.device | str,
 ) -> dict[str, ops.Prepared]:
-    """Return the quantized ones of `parts` ready to run: all as one, or each by itself."""
+    """Return the quantized ones of `parts` ready to run on `device`: all as one, or each by itself."""
     if len(weights) == len(parts):
-        fused = ops.fuse([weights[part] for part in parts], backend, arena)
+        fused = ops.fuse([weights[part] for part in parts], backend, arena, device)
         if fused is not None:
             return {name: fused}
-    return {part: ops.prepare(weight, backend, arena) for part, weight in weights.items()}
+    return {part: ops.prepare(weight.to(device), backend, arena) for part, weight in weights.items()}
 
 
 def read_finite(

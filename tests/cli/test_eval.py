@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from quantkit.cli.main import cli
 from quantkit.errors import CheckpointError, QuantkitError, SchemeError
+from quantkit.kernels import ops
 from quantkit.records import read_record
 from tests.paths import shared_data
 
@@ -42,6 +43,8 @@ def test_eval_prints_json_and_writes_the_record(tmp_path: Path) -> None:
     assert body["results"][0]["difference"] == 0
     assert body["results"][0]["weights_bytes"] == 2 * body["parameters"]
     assert body["protocol"]["window"] == 512
+    assert body["device"] == ("cpu" if ops.choose_device() == "cpu" else ops.device_name("cuda"))
+    assert body["backend"] == ops.choose_backend("auto", ops.choose_device())
     assert len(body["protocol"]["sha256"]) == 64
 
 

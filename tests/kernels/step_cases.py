@@ -12,10 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from quantkit.kernels import ops
 from quantkit.kernels.triton import step
 from quantkit.kernels.triton.step import Parts, Slab, Step
 from quantkit.models.rope import rotate
+from quantkit.quantize import quantize
 from quantkit.quantize.vectors import dequantize_vectors, head_rotation, quantize_vectors
+from quantkit.schemes import SCHEMES
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.bfloat16, torch.float16]
@@ -200,3 +203,14 @@ def test_splits_fill_a_gpu_and_have_work() -> None:
     for batch in (1, 2, 4, 8, 16, 32, 64):
         made = replace(short, batch=batch, n_kv_heads=8, slots=32768)
         assert 370 <= made.splits * batch * 8 <= 1600
+
+
+def test_a_compiled_module_gives_the_same() -> None:
+    weight = quantize(randn(48, 64).cpu(), SCHEMES["int4-g32"], torch.bfloat16).to(DEVICE)
+    packed = ops.prepare(weight, "triton")
+
+    def users(x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(ops.linear(x, packed)) * 2
+
+    x = randn(3, 64).to(torch.bfloat16)
+    assert torch.equal(torch.compile(users, backend="eager", fullgraph=True)(x), users(x))

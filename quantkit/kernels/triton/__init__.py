@@ -77,15 +77,17 @@ def fusable(weights: Sequence[QuantizedTensor]) -> bool:
     )
 
 
-def pack(weights: Sequence[QuantizedTensor]) -> TiledWeight:
-    """Repack one matrix, or several `fusable` ones below each other, on their device.
+def pack(weights: Sequence[QuantizedTensor], device: torch.device | str | None = None) -> TiledWeight:
+    """Repack one matrix, or several `fusable` ones below each other, on `device`; None means where they are.
+
+    Those that come from elsewhere go there one at a time, and leave when they are repacked.
 
     Raises:
         BackendError: the kernels cannot take the matrices.
     """
     if not weights or not fusable(weights):
         raise BackendError("the triton backend cannot take these matrices: see `fusable`")
-    parts = [tiles(weight) for weight in weights]
+    parts = [tiles(weight.to(device or weight.device)) for weight in weights]
     packed = parts[0] if len(parts) == 1 else below_each_other(parts)
     return TiledWeight(packed, weights[0].scheme, sum(weight.nbytes for weight in weights))
 

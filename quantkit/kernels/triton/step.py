@@ -23,7 +23,8 @@ _AT_ONCE = 3 * 132  # programs of attention that a Hopper runs at the same time
 _FULL = 0.95  # share of such a wave, or of the last of several, that is worth no further split
 _MOST_SPLITS = 64
 _ASKING = 32  # programs that ask for what comes next, where a launch has no number of its own
-_BLOCK = {16: 64, 8: 64, 4: 128}  # keys that a program reads at once
+_BLOCK = {16: 64, 8: 64, 4: 128}  # keys that a program reads at once, of heads up to
+_USUAL_HEAD = 128  # elements; of wider ones so many fewer
 _WORD_BITS = (32, 16, 8)
 _WORDS = {32: torch.int32, 16: torch.int16, 8: torch.uint8}
 
@@ -175,7 +176,7 @@ class Step:
     def splits(self) -> int:
         """Programs that share the keys of a head: as few as fill a GPU, each with a block of keys at least."""
         heads = self.batch * self.n_kv_heads
-        most = min(_MOST_SPLITS, ceil_div(self.slots, _BLOCK[self.bits]))
+        most = min(_MOST_SPLITS, ceil_div(self.slots, self._block))
 
         def fill(splits: int) -> float:
             waves = heads * splits / _AT_ONCE
@@ -245,7 +246,7 @@ class Step:
             "PER": per,
             "WORDS": max(_TENSOR_CORES, triton.next_power_of_2(self.head_dim // per)),
             "GROUPS": self.groups,
-            "BLOCK": _BLOCK[self.bits],
+            "BLOCK": self._block,
             "INTERPRET": INTERPRETED,
             "num_warps": 4,
             "num_stages": 3,
@@ -266,6 +267,10 @@ class Step:
             "num_warps": 4,
             "enable_fp_fusion": True,
         }
+
+    @property
+    def _block(self) -> int:
+        return _BLOCK[self.bits] * _USUAL_HEAD // max(_USUAL_HEAD, triton.next_power_of_2(self.head_dim))
 
     @property
     def _word_bits(self) -> int:
