@@ -71,7 +71,13 @@ def attention(capability: int, step: Any) -> Compiled:
     }  # fmt: skip
     types |= asking(capability)
     numbers = {"slots": step.slots, "heads": step.n_kv_heads}
+    constants |= overlapping(capability)
     return build(attention_kernels.attention_kernel, capability, types, constants, numbers)
+
+
+def overlapping(capability: int) -> dict[str, bool]:
+    """Return the arguments of a kernel that starts while the one before ends, where the GPU can do that."""
+    return {"OVERLAP": capability >= 90, "launch_pdl": capability >= 90}
 
 
 def asking(capability: int) -> dict[str, str | None]:
@@ -129,7 +135,8 @@ def test_heads_compile(cache: str, splits: int) -> None:
     constants = step.heads_constants(splits, splits, splits) | ({"batch": 1} if splits == 1 else {})
     for capability in (80, 90):
         all_types = types | asking(capability)
-        check(build(step_kernels.heads_kernel, capability, all_types, constants, numbers), capability)
+        all_constants = constants | overlapping(capability)
+        check(build(step_kernels.heads_kernel, capability, all_types, all_constants, numbers), capability)
 
 
 @pytest.mark.usefixtures("_compiler")
@@ -140,7 +147,9 @@ def test_the_others_compile_and_load_16_bytes(splits: int) -> None:
     sums = {0: None, 1: "*bf16"}.get(splits, "*fp32")
     types = dict.fromkeys(("x", "weight", "out"), "*bf16") | {"parts": sums, "bias": None, "eps": "fp32"}
     types |= {"batch": "i32"} | asking(90)
-    found = build(step_kernels.norm_kernel, 90, types, step.norm_constants(4096, splits), {})
+    found = build(
+        step_kernels.norm_kernel, 90, types, step.norm_constants(4096, splits) | overlapping(90), {}
+    )
     check(found, 90)
     assert found.count("LDG.E.128") == found.count("LDG")
     types = {
@@ -150,7 +159,7 @@ def test_the_others_compile_and_load_16_bytes(splits: int) -> None:
         "out": "*bf16",
     } | asking(90)
     numbers = {"gate_stride": 28672, "up_stride": 28672, "width": 14336}
-    constants = step.swiglu_constants(splits or 1, splits or 1)
+    constants = step.swiglu_constants(splits or 1, splits or 1) | overlapping(90)
     check(build(step_kernels.swiglu_kernel, 90, types, constants, numbers), 90)
     made = make_step(16, 0, torch.bfloat16)
     types = {
@@ -162,7 +171,8 @@ def test_the_others_compile_and_load_16_bytes(splits: int) -> None:
         "splits": "i32",
     }
     numbers = {"slots": made.slots, "splits": made.splits}
-    check(build(attention_kernels.combine_kernel, 90, types, made.combine_constants(), numbers), 90)
+    constants = made.combine_constants() | overlapping(90)
+    check(build(attention_kernels.combine_kernel, 90, types, constants, numbers), 90)
 
 
 def test_no_kernel_is_without_a_test() -> None:

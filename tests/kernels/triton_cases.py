@@ -58,7 +58,7 @@ def bound(weight: QuantizedTensor, x: torch.Tensor, exact: torch.Tensor) -> torc
     """Return how far each result may be from `exact`: (M, N) float64.
 
     Sums round in float32, the result once to x's dtype. On top comes what a path rounds to that dtype: NF4's
-    codebook for a few rows, the matrix for many or where blocks of NF4 run across rows.
+    codebook where it is multiplied in 16 bits, the matrix for many rows or where blocks of NF4 run across rows.
     """
     matrix = reference.dequantize(weight).double()
     magnitude = x.double().abs() @ matrix.abs().T
@@ -73,7 +73,7 @@ def bound(weight: QuantizedTensor, x: torch.Tensor, exact: torch.Tensor) -> torc
     if flat or x.shape[0] > 64 or (x.shape[0] > 1 and x.dtype == torch.float32):
         allowed = allowed + ROUNDING[x.dtype] * magnitude
         allowed = allowed + SMALLEST[x.dtype] * x.double().abs().sum(dim=-1, keepdim=True)
-    elif nf4 and x.shape[0] > 1:
+    elif nf4 and x.dtype != torch.float32:
         codebook = torch.tensor([value for value in NF4_CODEBOOK if value], dtype=torch.float64)
         allowed = allowed + ((codebook.to(x.dtype) - codebook) / codebook).abs().max().item() * magnitude
     return allowed + 1e-30

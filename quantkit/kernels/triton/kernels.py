@@ -62,6 +62,14 @@ def _prefetch(at: tl.tensor, nbytes: tl.tensor) -> None:
 
 
 @triton.jit
+def _begin(OVERLAP: tl.constexpr) -> None:
+    """With OVERLAP, let the next kernel start, and wait until all before this one is written."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
 def _values(
     words: tl.tensor, i: tl.constexpr, side: tl.constexpr, zero: tl.tensor, codebook: tl.tensor, power: tl.tensor,
     BITS: tl.constexpr, NF4: tl.constexpr, INTERPRET: tl.constexpr,
@@ -372,9 +380,7 @@ def sum_kernel(
     SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """Add parts (SPLITS, M, N), `count` = M N, in their order, and the bias: out (M, N)."""
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
+    _begin(OVERLAP)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     total = tl.zeros((BLOCK,), tl.float32)

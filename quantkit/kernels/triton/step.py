@@ -15,7 +15,7 @@ import triton
 
 from calculators.units import ceil_div
 from quantkit.kernels.triton import attention_kernels, step_kernels
-from quantkit.kernels.triton.launch import INTERPRETED, tuned
+from quantkit.kernels.triton.launch import INTERPRETED, overlap, tuned
 
 _TENSOR_CORES = 16  # rows that they take at least
 _WORDS_WANTED = 32  # of a head: columns of the tensor cores for each of four warps
@@ -98,7 +98,7 @@ def norm(
     step_kernels.norm_kernel[(x.shape[0] + (_ASKING if ahead else 0),)](
         x, None if parts is None else parts.sums, None if parts is None else parts.bias, weight, out, eps,
         x.shape[0], *_asked(ahead),
-        **norm_constants(x.shape[1], 0 if parts is None else parts.sums.shape[0]),
+        **norm_constants(x.shape[1], 0 if parts is None else parts.sums.shape[0]), **overlap(tuned(x.device)),
     )  # fmt: skip
     return out
 
@@ -119,7 +119,7 @@ def swiglu(gate: Parts, up: Parts, dtype: torch.dtype, ahead: Ahead | None = Non
     """Return silu(gate) * up (B, ffn)."""
     _, batch, width = gate.sums.shape
     out = torch.empty(batch, width, dtype=dtype, device=gate.sums.device)
-    constants = swiglu_constants(gate.sums.shape[0], up.sums.shape[0])
+    constants = swiglu_constants(gate.sums.shape[0], up.sums.shape[0]) | overlap(tuned(out.device))
     step_kernels.swiglu_kernel[ceil_div(width, constants["BLOCK"]), batch + (ahead is not None)](
         gate.sums, up.sums, gate.bias, up.bias, out, gate.sums.stride(1), up.sums.stride(1), width,
         batch, *_asked(ahead),
@@ -188,6 +188,7 @@ class Step:
         """Return queries (B, n_heads, head_dim), and write keys and values to the slot of the new token."""
         queries = torch.empty(self.batch, self.n_heads, self.head_dim, dtype=self.dtype, device=q.sums.device)
         constants = self.heads_constants(q.sums.shape[0], k.sums.shape[0], v.sums.shape[0])
+        constants |= overlap(tuned(queries.device))
         q_rotation, k_rotation = self.rotations or (None, None)
         step_kernels.heads_kernel[ceil_div(self.batch * self.n_heads, constants["ROWS"]), 3 + (ahead is not None)](
             q.sums, k.sums, v.sums, q.bias, k.bias, v.bias,
@@ -227,11 +228,18 @@ class Step:
         attention_kernels.attention_kernel[self.splits, kv_heads + (ahead is not None)](
             queries, self._words(slab.keys), self._words(slab.values), slab.key_scales, slab.value_scales,
             self.position, sums, stats, self.slots, 1 / math.sqrt(self.head_dim), kv_heads, *_asked(ahead),
-            **constants,
+            **constants, **overlap(tuned(device)),
         )  # fmt: skip
         out = torch.empty(self.batch, self.n_heads * self.head_dim, dtype=self.dtype, device=device)
         attention_kernels.combine_kernel[shared, kv_heads](
-            sums, stats, self.position, out, self.slots, self.splits, **self.combine_constants()
+            sums,
+            stats,
+            self.position,
+            out,
+            self.slots,
+            self.splits,
+            **self.combine_constants(),
+            **overlap(tuned(device)),
         )
         return out
 

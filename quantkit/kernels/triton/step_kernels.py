@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from calculators.caching import KV_SCALES_TRIED
-from quantkit.kernels.triton.kernels import _prefetch
+from quantkit.kernels.triton.kernels import _begin, _prefetch
 from quantkit.quantize.vectors import MOST_STEPS, STEPS_APART
 
 _TRIED = tl.constexpr(KV_SCALES_TRIED)
@@ -83,7 +83,7 @@ def _ask_for(ahead: tl.tensor, ahead_bytes: tl.tensor, share: tl.tensor, shares:
 def norm_kernel(
     x: tl.tensor, parts: tl.tensor, bias: tl.tensor, weight: tl.tensor, out: tl.tensor, eps: tl.tensor,
     batch: tl.tensor, ahead: tl.tensor, ahead_bytes: tl.tensor,
-    SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+    SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, INTERPRET: tl.constexpr,
 ) -> None:  # fmt: skip
     """Add a linear to a row of x (B, WIDTH) in place, and write its RMSNorm. SPLITS is 0 where there is none to add."""
     dtype: tl.constexpr = x.dtype.element_ty
@@ -92,6 +92,7 @@ def norm_kernel(
         if row >= batch:
             _ask_for(ahead, ahead_bytes, row - batch, tl.num_programs(0) - batch)
             return
+    _begin(OVERLAP)
     columns = tl.arange(0, BLOCK)
     mask = columns < WIDTH
     at = row * WIDTH + columns
@@ -112,7 +113,8 @@ def swiglu_kernel(
     gate: tl.tensor, up: tl.tensor, gate_bias: tl.tensor, up_bias: tl.tensor, out: tl.tensor,
     gate_stride: tl.tensor, up_stride: tl.tensor, width: tl.tensor,
     batch: tl.tensor, ahead: tl.tensor, ahead_bytes: tl.tensor,
-    GATE_SPLITS: tl.constexpr, UP_SPLITS: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+    GATE_SPLITS: tl.constexpr, UP_SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write silu(gate) * up (B, width) of parts whose rows lie so many elements apart. Program (block, row)."""
     dtype: tl.constexpr = out.dtype.element_ty
@@ -121,6 +123,7 @@ def swiglu_kernel(
         if row >= batch:
             _ask_for(ahead, ahead_bytes, tl.program_id(0), tl.num_programs(0))
             return
+    _begin(OVERLAP)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     gates = _total(
@@ -269,7 +272,7 @@ def heads_kernel(
     ahead: tl.tensor, ahead_bytes: tl.tensor,
     Q_SPLITS: tl.constexpr, K_SPLITS: tl.constexpr, V_SPLITS: tl.constexpr, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, INTERPRET: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, OVERLAP: tl.constexpr, INTERPRET: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write queries (B, HEADS, WIDTH), and keys and values to the token's slot. Program (ROWS heads, q, k or v).
 
@@ -281,6 +284,7 @@ def heads_kernel(
         if kind == 3:
             _ask_for(ahead, ahead_bytes, tl.program_id(0), tl.num_programs(0))
             return
+    _begin(OVERLAP)
     here = tl.load(position).to(tl.int32)
     slot = here % slots
     if kind == 0:

@@ -47,11 +47,11 @@ def test_a_model_runs_a_prompt_and_decodes() -> None:
 
 
 def test_what_has_no_room_is_left_out_with_the_reason() -> None:
-    found = run("bf16", StandIn(memory_bytes=700 << 20), replace(GRID, batches=(1, 1 << 20)))
+    found = run("bf16", StandIn(memory_bytes=800 << 20), replace(GRID, batches=(1, 1 << 20)))
     assert [one.batch for one in found if isinstance(one, Decode)] == [1]
     (failure,) = [one for one in found if isinstance(one, Failure)]
     assert failure.what == "smollm2-135m, bf16, batch 1048576, 40 tokens, KV 16 bits"
-    assert failure.reason.endswith("GiB by the estimate, and the GPU has 700.00 MiB")
+    assert failure.reason.endswith("GiB by the estimate, and the GPU has 800.00 MiB")
 
 
 def test_what_fails_stops_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
