@@ -67,22 +67,10 @@ def attention(capability: int, step: Any) -> Compiled:
     scales = "*fp16" if step.groups else None
     types = {
         "queries": dtype, "keys": words, "values": words, "key_scales": scales, "value_scales": scales,
-        "position": "*i64", "sums": "*fp32", "stats": "*fp32", "slots": "i32", "scale": "fp32", "heads": "i32",
+        "position": "*i64", "sums": "*fp32", "stats": "*fp32", "slots": "i32", "scale": "fp32",
     }  # fmt: skip
-    types |= asking(capability)
-    numbers = {"slots": step.slots, "heads": step.n_kv_heads}
-    constants |= overlapping(capability)
+    numbers = {"slots": step.slots}
     return build(attention_kernels.attention_kernel, capability, types, constants, numbers)
-
-
-def overlapping(capability: int) -> dict[str, bool]:
-    """Return the arguments of a kernel that starts while the one before ends, where the GPU can do that."""
-    return {"OVERLAP": capability >= 90, "launch_pdl": capability >= 90}
-
-
-def asking(capability: int) -> dict[str, str | None]:
-    """Return the types of what a kernel asks for ahead of the next, where the GPU has such a request."""
-    return {"ahead": "*u8" if capability >= 90 else None, "ahead_bytes": "i32"}
 
 
 @pytest.mark.usefixtures("_compiler")
@@ -134,9 +122,7 @@ def test_heads_compile(cache: str, splits: int) -> None:
     # a single sequence makes `batch` a constant
     constants = step.heads_constants(splits, splits, splits) | ({"batch": 1} if splits == 1 else {})
     for capability in (80, 90):
-        all_types = types | asking(capability)
-        all_constants = constants | overlapping(capability)
-        check(build(step_kernels.heads_kernel, capability, all_types, all_constants, numbers), capability)
+        check(build(step_kernels.heads_kernel, capability, types, constants, numbers), capability)
 
 
 @pytest.mark.usefixtures("_compiler")
@@ -146,20 +132,17 @@ def test_the_others_compile_and_load_16_bytes(splits: int) -> None:
 
     sums = {0: None, 1: "*bf16"}.get(splits, "*fp32")
     types = dict.fromkeys(("x", "weight", "out"), "*bf16") | {"parts": sums, "bias": None, "eps": "fp32"}
-    types |= {"batch": "i32"} | asking(90)
-    found = build(
-        step_kernels.norm_kernel, 90, types, step.norm_constants(4096, splits) | overlapping(90), {}
-    )
+    found = build(step_kernels.norm_kernel, 90, types, step.norm_constants(4096, splits), {})
     check(found, 90)
     assert found.count("LDG.E.128") == found.count("LDG")
     types = {
         **dict.fromkeys(("gate", "up"), sums or "*fp32"),
         **dict.fromkeys(("gate_bias", "up_bias"), None),
-        **dict.fromkeys(("gate_stride", "up_stride", "width", "batch"), "i32"),
+        **dict.fromkeys(("gate_stride", "up_stride", "width"), "i32"),
         "out": "*bf16",
-    } | asking(90)
+    }
     numbers = {"gate_stride": 28672, "up_stride": 28672, "width": 14336}
-    constants = step.swiglu_constants(splits or 1, splits or 1) | overlapping(90)
+    constants = step.swiglu_constants(splits or 1, splits or 1)
     check(build(step_kernels.swiglu_kernel, 90, types, constants, numbers), 90)
     made = make_step(16, 0, torch.bfloat16)
     types = {
@@ -171,8 +154,7 @@ def test_the_others_compile_and_load_16_bytes(splits: int) -> None:
         "splits": "i32",
     }
     numbers = {"slots": made.slots, "splits": made.splits}
-    constants = made.combine_constants() | overlapping(90)
-    check(build(attention_kernels.combine_kernel, 90, types, constants, numbers), 90)
+    check(build(attention_kernels.combine_kernel, 90, types, made.combine_constants(), numbers), 90)
 
 
 def test_no_kernel_is_without_a_test() -> None:

@@ -37,7 +37,7 @@ SHARED_BYTES = {
     100: 232_448,
     120: 101_376,
 }  # a program's; CUDA's guide, table of capabilities
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 TESTED = ("vector_kernel", "batch_kernel", "dequantize_kernel", "sum_kernel")
 SHAPES = ((4096, 14336), (1000, 576))  # (N, K): of Mistral-7B's down_proj, and ragged
 QUANTIZED = [name for name, scheme in SCHEMES.items() if scheme.quantized]
@@ -137,8 +137,8 @@ def test_the_second_pass_compiles_for_every_family() -> None:
     from quantkit.kernels.triton import kernels, launch
 
     types = {"parts": "*fp32", "bias": None, "out": "*bf16", "count": "i32", "N": "i32"}
-    for capability, chosen in FAMILIES.items():
-        constants = launch.sum_constants(8, False, chosen)
+    constants = launch.sum_constants(8, bias=False)
+    for capability in FAMILIES:
         found = build(kernels.sum_kernel, capability, types, constants, {"count": 4096, "N": 4096})
         assert found.usage["STACK"] == found.usage["LOCAL"] == 0
         assert found.count("LDG.E.128") == 8
@@ -162,7 +162,7 @@ def compiled(kernel: str, capability: int, matrix: Tiles, rows: int, dtype: torc
     elif kernel == "batch_kernel":
         batch = chosen.batch(matrix.kind, rows)
         assert batch is not None
-        constants = launch.batch_constants(matrix, batch, rows, chosen) | {"BIAS": False}
+        constants = launch.batch_constants(matrix, batch, rows) | {"BIAS": False}
     else:
         constants = launch.dequantize_constants(matrix, chosen)
     split = constants.get("SPLIT_TILES", matrix.codes.shape[0]) < matrix.codes.shape[0]

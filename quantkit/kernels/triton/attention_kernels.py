@@ -15,8 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit.kernels.triton.kernels import _begin
-from quantkit.kernels.triton.step_kernels import _LOG2_E, _POWER, _POWER_BITS, _ask_for, _product, _rounded
+from quantkit.kernels.triton.step_kernels import _LOG2_E, _POWER, _POWER_BITS, _product, _rounded
 
 
 @triton.jit
@@ -41,12 +40,10 @@ def _piece(
 def attention_kernel(
     queries: tl.tensor, keys: tl.tensor, values: tl.tensor, key_scales: tl.tensor, value_scales: tl.tensor,
     position: tl.tensor, sums: tl.tensor, stats: tl.tensor, slots: tl.tensor, scale: tl.tensor,
-    heads: tl.tensor, ahead: tl.tensor, ahead_bytes: tl.tensor,
     HEADS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr,
-    WORDS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    WORDS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Attend to one split of the keys of one of `heads` KV heads of all sequences. Program (split, head).
+    """Attend to one split of the keys of one KV head of one sequence. Program (split, B * KV heads).
 
     HEADS query heads share it, ROWS is the tensor cores' least or more; a head of WIDTH elements is WORDS words,
     padded to a power of two, of PER elements, and has GROUPS scales. `scale` is that of the scores.
@@ -60,11 +57,6 @@ def attention_kernel(
     EACH_KEY: tl.constexpr = GROUPS > 1
     EACH_VALUE: tl.constexpr = GROUPS > 1 or (GROUPS > 0 and dtype == tl.float16)
     split, splits, head = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
-    if ahead is not None:  # noqa: SIM102, known when it compiles
-        if head >= heads:
-            _ask_for(ahead, ahead_bytes, split, splits)
-            return
-    _begin(OVERLAP)
     count = tl.minimum(tl.load(position).to(tl.int32) + 1, slots)
     span = tl.cdiv(tl.cdiv(count, BLOCK), splits) * BLOCK
     first = split * span
@@ -148,7 +140,7 @@ def combine_kernel(
     sums: tl.tensor, stats: tl.tensor, position: tl.tensor, out: tl.tensor, slots: tl.tensor,
     splits: tl.tensor,
     HEADS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, INTERPRET: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ) -> None:  # fmt: skip
     """Add the splits of one query head: out (B, all heads, WIDTH). Program (head of the group, B * KV heads).
 
@@ -156,7 +148,6 @@ def combine_kernel(
     """
     dtype: tl.constexpr = out.dtype.element_ty
     row, head = tl.program_id(0), tl.program_id(1)
-    _begin(OVERLAP)
     count = tl.minimum(tl.load(position).to(tl.int32) + 1, slots)
     span = tl.cdiv(tl.cdiv(count, BLOCK), splits) * BLOCK
     split = tl.arange(0, SPLITS)

@@ -13,9 +13,6 @@ entry share one access. Selecting among 16 constants would take 15 instructions 
 for one of its own Triton chooses a layout, and moves every operand to it through shared memory. The interpreter knows
 no PTX; INTERPRET takes the plain load.
 
-With OVERLAP a kernel starts while the one before it ends (programmatic dependent launch, from capability 9.0 on): it
-asks for its first weights, waits until all before it is written, and lets the next one start likewise.
-
 Nothing depends on the order in which programs run: where K is split, sums go to a workspace, and `sum_kernel` adds
 them in the order of K.
 """
@@ -25,7 +22,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit.kernels.triton import unpack_ptx
 from quantkit.kernels.triton.layout import SPAN, TILE
@@ -47,26 +43,6 @@ _TABLE_BF16, _TABLE_FP16 = (
 )
 _FROM_8_BITS, _FROM_4_BITS = (tl.constexpr(unpack_ptx.CONSTRAINTS[bits]) for bits in (8, 4))
 _TO_TABLE = tl.constexpr(unpack_ptx.TABLE_CONSTRAINTS)
-
-
-_PREFETCH = tl.constexpr(
-    "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0; "
-    "@first cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
-)
-
-
-@triton.jit
-def _prefetch(at: tl.tensor, nbytes: tl.tensor) -> None:
-    """Ask for `nbytes`, a multiple of 16, from the pointer `at` on to be in L2."""
-    tl.inline_asm_elementwise(_PREFETCH, "=r,l,r", [at, nbytes], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _begin(OVERLAP: tl.constexpr) -> None:
-    """With OVERLAP, let the next kernel start, and wait until all before this one is written."""
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
 
 
 @triton.jit
@@ -160,7 +136,7 @@ def vector_kernel(
     out: tl.tensor, N: tl.tensor, K: tl.tensor, tiles: tl.tensor,
     BITS: tl.constexpr, NF4: tl.constexpr, ZEROS: tl.constexpr, NESTED: tl.constexpr, GROUP: tl.constexpr,
     SPANS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, INTERPRET: tl.constexpr,
-    SPLIT_TILES: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLIT_TILES: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
 ) -> None:  # fmt: skip
     """Multiply x (K,) by BLOCK_N rows over SPLIT_TILES tiles: out (splits, N). Program (row block, split).
 
@@ -173,13 +149,6 @@ def vector_kernel(
     inside = tl.minimum(rows, N - 1)[:, None]  # rows beyond N are computed as the last, and not stored
     words_at, span_at = tl.arange(0, _TILE), tl.arange(0, _SPAN)
     sums = tl.zeros((BLOCK_N, _SPAN), tl.float32)
-    if OVERLAP:
-        gdc_launch_dependents()
-        first_row = tl.program_id(0) * BLOCK_N
-        for u in tl.static_range(UNROLL):
-            tile = tl.minimum(split * SPLIT_TILES + u, tiles - 1)
-            _prefetch(codes + (tile * N + first_row) * _TILE, 4 * _TILE * tl.minimum(BLOCK_N, N - first_row))
-        gdc_wait()
     for first in range(0, SPLIT_TILES, UNROLL):
         for u in tl.static_range(UNROLL):
             tile = split * SPLIT_TILES + first + u
@@ -294,8 +263,7 @@ def batch_kernel(
     out: tl.tensor, M: tl.tensor, N: tl.tensor, K: tl.tensor, tiles: tl.tensor,
     BITS: tl.constexpr, NF4: tl.constexpr, ZEROS: tl.constexpr, NESTED: tl.constexpr, GROUP: tl.constexpr,
     SPANS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, INTERPRET: tl.constexpr,
-    SPLIT_TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,
-    SCALED: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
+    SPLIT_TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ) -> None:  # fmt: skip
     """Multiply BLOCK_M rows of x (M, K) by BLOCK_N rows over SPLIT_TILES tiles: out (splits, M, N).
 
@@ -314,12 +282,6 @@ def batch_kernel(
     x_at = x + lines * K
     span_at = tl.arange(0, _SPAN)[:, None]
     ones = tl.full((BLOCK_N, _SPAN), 1.0, dtype)
-    if OVERLAP:
-        gdc_launch_dependents()
-        first_row = tl.program_id(0) * BLOCK_N
-        for step in tl.static_range(AHEAD):
-            tile = tl.minimum(split * SPLIT_TILES + step, tiles - 1)
-            _prefetch(codes + (tile * N + first_row) * _TILE, 4 * _TILE * tl.minimum(BLOCK_N, N - first_row))
     if NF4 and not INTERPRET:
         _write_table(codebook, dtype)
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -327,45 +289,39 @@ def batch_kernel(
         ahead = _tile_scales(
             scales, nested, offset, dynamic_map, inside, split * SPLIT_TILES, N, K, PER, SPANS, GROUP, NESTED
         )
-    if OVERLAP:
-        gdc_wait()
-    for first in range(0, SPLIT_TILES, UNROLL):
-        for u in tl.static_range(UNROLL):
-            tile = split * SPLIT_TILES + first + u
-            there = tile if EVEN else tl.minimum(tile, tiles - 1)
-            pieces = _pieces(codes, (there * N + inside) * _TILE, codebook, dtype, BITS, NF4, INTERPRET)
-            if GROUP > 0:
-                tile_scales = ahead
-                ahead = _tile_scales(
-                    scales, nested, offset, dynamic_map, inside, tile + 1, N, K, PER, SPANS, GROUP, NESTED
-                )
-            for span in tl.static_range(PER // SPANS):
-                part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                if (GROUP == 0 or SCALED) and not ZEROS:
-                    part = sums
-                x_sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                for i in tl.static_range(span * SPANS, (span + 1) * SPANS):
-                    columns = (tile * PER + i) * _SPAN + span_at
-                    mask = lines < M if EVEN else (lines < M) & (columns < K)
-                    x_i = tl.load(x_at + columns, mask=mask, other=0.0).to(dtype)
-                    if SCALED:
-                        part = tl.dot(pieces[i] * tile_scales[span].to(dtype), x_i, part)
-                    else:
-                        part = tl.dot(pieces[i], x_i, part)
-                    if ZEROS:
-                        x_sums = tl.dot(ones, x_i, x_sums)
+    for step in range(SPLIT_TILES):
+        tile = split * SPLIT_TILES + step
+        there = tile if EVEN else tl.minimum(tile, tiles - 1)
+        pieces = _pieces(codes, (there * N + inside) * _TILE, codebook, dtype, BITS, NF4, INTERPRET)
+        if GROUP > 0:
+            tile_scales = ahead
+            ahead = _tile_scales(
+                scales, nested, offset, dynamic_map, inside, tile + 1, N, K, PER, SPANS, GROUP, NESTED
+            )
+        for span in tl.static_range(PER // SPANS):
+            part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            if GROUP == 0 and not ZEROS:
+                part = sums
+            x_sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for i in tl.static_range(span * SPANS, (span + 1) * SPANS):
+                columns = (tile * PER + i) * _SPAN + span_at
+                mask = lines < M if EVEN else (lines < M) & (columns < K)
+                x_i = tl.load(x_at + columns, mask=mask, other=0.0).to(dtype)
+                part = tl.dot(pieces[i], x_i, part)
                 if ZEROS:
-                    group = 0
-                    if GROUP > 0:
-                        group = tl.minimum((tile * PER + span * SPANS) * _SPAN, K - 1) // GROUP
-                    zero = _zero(zeros, inside, group, N, BITS, ZEROS)
-                    part -= (zero - (1 << (BITS - 1))) * x_sums
-                if GROUP > 0 and not SCALED:
-                    sums += part * tile_scales[span]
-                elif ZEROS:
-                    sums += part
-                else:
-                    sums = part
+                    x_sums = tl.dot(ones, x_i, x_sums)
+            if ZEROS:
+                group = 0
+                if GROUP > 0:
+                    group = tl.minimum((tile * PER + span * SPANS) * _SPAN, K - 1) // GROUP
+                zero = _zero(zeros, inside, group, N, BITS, ZEROS)
+                part -= (zero - (1 << (BITS - 1))) * x_sums
+            if GROUP > 0:
+                sums += part * tile_scales[span]
+            elif ZEROS:
+                sums += part
+            else:
+                sums = part
     if GROUP == 0:
         sums *= tl.load(scales + inside).to(tl.float32)
     if BIAS:
@@ -377,10 +333,9 @@ def batch_kernel(
 @triton.jit
 def sum_kernel(
     parts: tl.tensor, bias: tl.tensor, out: tl.tensor, count: tl.tensor, N: tl.tensor,
-    SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Add parts (SPLITS, M, N), `count` = M N, in their order, and the bias: out (M, N)."""
-    _begin(OVERLAP)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     total = tl.zeros((BLOCK,), tl.float32)

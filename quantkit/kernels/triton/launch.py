@@ -65,49 +65,32 @@ def dequantize_constants(matrix: Tiles, chosen: Tuning) -> dict[str, Any]:
 def vector_constants(matrix: Tiles, chosen: Tuning) -> dict[str, Any]:
     """Return the compile-time arguments of `vector_kernel`."""
     split_tiles = _split_tiles(matrix, chosen.vector_rows, chosen.vector_unroll, chosen.vector_programs)
-    return (
-        _constants(matrix)
-        | {
-            "EVEN": matrix.cols % (matrix.tile_cols * split_tiles) == 0,
-            "SPLIT_TILES": split_tiles,
-            "BLOCK_N": chosen.vector_rows,
-            "UNROLL": chosen.vector_unroll,
-            "num_warps": chosen.vector_warps,
-        }
-        | overlap(chosen)
-    )
+    return _constants(matrix) | {
+        "EVEN": matrix.cols % (matrix.tile_cols * split_tiles) == 0,
+        "SPLIT_TILES": split_tiles,
+        "BLOCK_N": chosen.vector_rows,
+        "UNROLL": chosen.vector_unroll,
+        "num_warps": chosen.vector_warps,
+    }
 
 
-def batch_constants(matrix: Tiles, batch: Batch, lines: int, chosen: Tuning) -> dict[str, Any]:
+def batch_constants(matrix: Tiles, batch: Batch, lines: int) -> dict[str, Any]:
     """Return the compile-time arguments of `batch_kernel` for so many rows of x."""
     block = min(batch.lines, max(_SMALLEST_BLOCK, triton.next_power_of_2(lines)))
-    split_tiles = _split_tiles(matrix, batch.rows, batch.unroll, batch.programs // ceil_div(lines, block))
-    return (
-        _constants(matrix)
-        | {
-            "EVEN": matrix.cols % (matrix.tile_cols * split_tiles) == 0,
-            "SPLIT_TILES": split_tiles,
-            "BLOCK_N": batch.rows,
-            "BLOCK_M": block,
-            "UNROLL": batch.unroll,
-            "SCALED": batch.scaled,
-            "AHEAD": min(split_tiles, batch.stages * batch.unroll),
-            "num_warps": batch.warps,
-            "num_stages": batch.stages,
-        }
-        | overlap(chosen)
-    )
+    split_tiles = _split_tiles(matrix, batch.rows, 1, batch.programs // ceil_div(lines, block))
+    return _constants(matrix) | {
+        "EVEN": matrix.cols % (matrix.tile_cols * split_tiles) == 0,
+        "SPLIT_TILES": split_tiles,
+        "BLOCK_N": batch.rows,
+        "BLOCK_M": block,
+        "num_warps": batch.warps,
+        "num_stages": batch.stages,
+    }
 
 
-def sum_constants(splits: int, bias: bool, chosen: Tuning) -> dict[str, Any]:
+def sum_constants(splits: int, bias: bool) -> dict[str, Any]:
     """Return the compile-time arguments of `sum_kernel`."""
-    return {"SPLITS": splits, "BIAS": bias, "BLOCK": SUM_BLOCK, "enable_fp_fusion": True} | overlap(chosen)
-
-
-def overlap(chosen: Tuning) -> dict[str, bool]:
-    """Return the arguments by which a kernel starts while the one before it ends."""
-    on = chosen.overlap and not INTERPRETED
-    return {"OVERLAP": on, "launch_pdl": on}
+    return {"SPLITS": splits, "BIAS": bias, "BLOCK": SUM_BLOCK, "enable_fp_fusion": True}
 
 
 def _constants(matrix: Tiles) -> dict[str, Any]:
@@ -145,7 +128,7 @@ def _parts(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None) -> torch.T
     if x.shape[0] == 1 and (matrix.kind in chosen.vector or not half or batch is None):
         return _vector(x, matrix, bias, chosen)
     assert batch is not None
-    return _batch(x, matrix, bias, batch, chosen)
+    return _batch(x, matrix, bias, batch)
 
 
 def takes(x: torch.Tensor, matrix: Tiles) -> bool:
@@ -167,10 +150,8 @@ def _vector(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, chosen: T
     return out
 
 
-def _batch(
-    x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, batch: Batch, chosen: Tuning
-) -> torch.Tensor:
-    constants = batch_constants(matrix, batch, x.shape[0], chosen)
+def _batch(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    constants = batch_constants(matrix, batch, x.shape[0])
     out = _sums(x, matrix, constants["SPLIT_TILES"])
     grid = ceil_div(matrix.rows, batch.rows), out.shape[0], ceil_div(x.shape[0], constants["BLOCK_M"])
     single = out.shape[0] == 1
@@ -229,7 +210,7 @@ def _total(parts: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -
         out,
         out.numel(),
         out.shape[1],
-        **sum_constants(parts.shape[0], bias is not None, tuned(parts.device)),
+        **sum_constants(parts.shape[0], bias is not None),
     )
     return out.to(dtype)
 

@@ -15,14 +15,13 @@ import triton
 
 from calculators.units import ceil_div
 from quantkit.kernels.triton import attention_kernels, step_kernels
-from quantkit.kernels.triton.launch import INTERPRETED, overlap, tuned
+from quantkit.kernels.triton.launch import INTERPRETED
 
 _TENSOR_CORES = 16  # rows that they take at least
 _WORDS_WANTED = 32  # of a head: columns of the tensor cores for each of four warps
 _AT_ONCE = 3 * 132  # programs of attention that a Hopper runs at the same time
 _FULL = 0.95  # share of such a wave, or of the last of several, that is worth no further split
 _MOST_SPLITS = 64
-_ASKING = 32  # programs that ask for what comes next, where a launch has no number of its own
 _BLOCK = {16: 64, 8: 64, 4: 128}  # keys that a program reads at once, of heads up to
 _USUAL_HEAD = 128  # elements; of wider ones so many fewer
 _WORD_BITS = (32, 16, 8)
@@ -40,31 +39,6 @@ class Parts:
 
     sums: torch.Tensor
     bias: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """The first bytes of the matrix that comes next, to be asked for while the memory has nothing to do.
-
-    Attributes:
-        weights: uint8, contiguous.
-        nbytes: a multiple of 16.
-    """
-
-    weights: torch.Tensor
-    nbytes: int
-
-
-def ahead_of(weights: torch.Tensor) -> Ahead | None:
-    """Return what of a matrix, as it lies in memory, is worth asking for; None where the GPU has no such request."""
-    nbytes = min(tuned(weights.device).ahead_bytes, weights.nbytes) // 16 * 16
-    if INTERPRETED or not nbytes or not weights.is_contiguous():
-        return None
-    return Ahead(weights.flatten().view(torch.uint8), nbytes)
-
-
-def _asked(ahead: Ahead | None) -> tuple[torch.Tensor | None, int]:
-    return (None, 0) if ahead is None else (ahead.weights, ahead.nbytes)
 
 
 @dataclass(frozen=True)
@@ -90,15 +64,12 @@ class Slab:
         return self.keys.shape[2]
 
 
-def norm(
-    x: torch.Tensor, parts: Parts | None, weight: torch.Tensor, eps: float, ahead: Ahead | None = None
-) -> torch.Tensor:
+def norm(x: torch.Tensor, parts: Parts | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Add a linear to x (B, hidden) in place, and return the RMSNorm of that."""
     out = torch.empty_like(x)
-    step_kernels.norm_kernel[(x.shape[0] + (_ASKING if ahead else 0),)](
+    step_kernels.norm_kernel[(x.shape[0],)](
         x, None if parts is None else parts.sums, None if parts is None else parts.bias, weight, out, eps,
-        x.shape[0], *_asked(ahead),
-        **norm_constants(x.shape[1], 0 if parts is None else parts.sums.shape[0]), **overlap(tuned(x.device)),
+        **norm_constants(x.shape[1], 0 if parts is None else parts.sums.shape[0]),
     )  # fmt: skip
     return out
 
@@ -115,14 +86,13 @@ def norm_constants(width: int, splits: int) -> dict[str, Any]:
     }
 
 
-def swiglu(gate: Parts, up: Parts, dtype: torch.dtype, ahead: Ahead | None = None) -> torch.Tensor:
+def swiglu(gate: Parts, up: Parts, dtype: torch.dtype) -> torch.Tensor:
     """Return silu(gate) * up (B, ffn)."""
     _, batch, width = gate.sums.shape
     out = torch.empty(batch, width, dtype=dtype, device=gate.sums.device)
-    constants = swiglu_constants(gate.sums.shape[0], up.sums.shape[0]) | overlap(tuned(out.device))
-    step_kernels.swiglu_kernel[ceil_div(width, constants["BLOCK"]), batch + (ahead is not None)](
+    constants = swiglu_constants(gate.sums.shape[0], up.sums.shape[0])
+    step_kernels.swiglu_kernel[ceil_div(width, constants["BLOCK"]), batch](
         gate.sums, up.sums, gate.bias, up.bias, out, gate.sums.stride(1), up.sums.stride(1), width,
-        batch, *_asked(ahead),
         **constants,
     )  # fmt: skip
     return out
@@ -184,17 +154,16 @@ class Step:
 
         return next((splits for splits in range(1, most) if fill(splits) >= _FULL), most)
 
-    def heads(self, q: Parts, k: Parts, v: Parts, slab: Slab, ahead: Ahead | None = None) -> torch.Tensor:
+    def heads(self, q: Parts, k: Parts, v: Parts, slab: Slab) -> torch.Tensor:
         """Return queries (B, n_heads, head_dim), and write keys and values to the slot of the new token."""
         queries = torch.empty(self.batch, self.n_heads, self.head_dim, dtype=self.dtype, device=q.sums.device)
         constants = self.heads_constants(q.sums.shape[0], k.sums.shape[0], v.sums.shape[0])
-        constants |= overlap(tuned(queries.device))
         q_rotation, k_rotation = self.rotations or (None, None)
-        step_kernels.heads_kernel[ceil_div(self.batch * self.n_heads, constants["ROWS"]), 3 + (ahead is not None)](
+        step_kernels.heads_kernel[ceil_div(self.batch * self.n_heads, constants["ROWS"]), 3](
             q.sums, k.sums, v.sums, q.bias, k.bias, v.bias,
             q.sums.stride(1), k.sums.stride(1), v.sums.stride(1), self.cosines, self.sines, self.position,
             q_rotation, k_rotation, queries, slab.keys, slab.values, slab.key_scales, slab.value_scales,
-            self.slots, self.batch, *_asked(ahead), **constants,
+            self.slots, self.batch, **constants,
         )  # fmt: skip
         return queries
 
@@ -219,27 +188,19 @@ class Step:
             "enable_fp_fusion": False,  # products and sums round apart, as in the operators
         }
 
-    def attention(self, queries: torch.Tensor, slab: Slab, ahead: Ahead | None = None) -> torch.Tensor:
+    def attention(self, queries: torch.Tensor, slab: Slab) -> torch.Tensor:
         """Return softmax(q K^T / sqrt(head_dim)) V (B, n_heads * head_dim) over all keys up to the new token's."""
         constants, device = self.attention_constants(), queries.device
         kv_heads, shared = self.batch * self.n_kv_heads, self.n_heads // self.n_kv_heads
         sums = torch.empty(kv_heads, self.splits, shared, self.head_dim, device=device)
         stats = torch.empty(kv_heads, self.splits, 2, constants["ROWS"], device=device)
-        attention_kernels.attention_kernel[self.splits, kv_heads + (ahead is not None)](
+        attention_kernels.attention_kernel[self.splits, kv_heads](
             queries, self._words(slab.keys), self._words(slab.values), slab.key_scales, slab.value_scales,
-            self.position, sums, stats, self.slots, 1 / math.sqrt(self.head_dim), kv_heads, *_asked(ahead),
-            **constants, **overlap(tuned(device)),
+            self.position, sums, stats, self.slots, 1 / math.sqrt(self.head_dim), **constants,
         )  # fmt: skip
         out = torch.empty(self.batch, self.n_heads * self.head_dim, dtype=self.dtype, device=device)
         attention_kernels.combine_kernel[shared, kv_heads](
-            sums,
-            stats,
-            self.position,
-            out,
-            self.slots,
-            self.splits,
-            **self.combine_constants(),
-            **overlap(tuned(device)),
+            sums, stats, self.position, out, self.slots, self.splits, **self.combine_constants()
         )
         return out
 

@@ -6,9 +6,6 @@ in the order of the splits, with its bias, and rounded to the compute dtype: wha
 
 Where the token stands is read from device memory, so that one CUDA graph serves every position.
 
-These kernels leave a GPU's memory idle. So the last programs of a launch, where it has some for that, ask for the first
-bytes of the matrix that comes next, `ahead`, to be in L2 when its kernel begins.
-
 The interpreter cuts a float32 off where it should round it to bfloat16, and has no product of bfloat16: INTERPRET
 rounds by integers, and multiplies in float32.
 """
@@ -19,7 +16,6 @@ import triton
 import triton.language as tl
 
 from calculators.caching import KV_SCALES_TRIED
-from quantkit.kernels.triton.kernels import _begin, _prefetch
 from quantkit.quantize.vectors import MOST_STEPS, STEPS_APART
 
 _TRIED = tl.constexpr(KV_SCALES_TRIED)
@@ -30,7 +26,6 @@ _GREATEST_SCALE = tl.constexpr(65504.0)
 _TO_WHOLE = tl.constexpr(1.5 * 2.0**23)  # added and taken off again, it rounds to the nearest even integer
 _POWER = tl.constexpr(2.0**23)  # its mantissa holds whole numbers as they are
 _POWER_BITS = tl.constexpr((127 + 23) << 23)
-_REQUEST = tl.constexpr(16384)  # bytes of one
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -71,34 +66,19 @@ def _total(
 
 
 @triton.jit
-def _ask_for(ahead: tl.tensor, ahead_bytes: tl.tensor, share: tl.tensor, shares: tl.tensor) -> None:
-    """Ask for one of `shares` of the first `ahead_bytes`, a multiple of 16, of a matrix."""
-    requests = tl.cdiv(ahead_bytes, _REQUEST)
-    for request in range(share, requests, shares):
-        at = request * _REQUEST
-        _prefetch(ahead + at, tl.minimum(ahead_bytes - at, _REQUEST))
-
-
-@triton.jit
 def norm_kernel(
     x: tl.tensor, parts: tl.tensor, bias: tl.tensor, weight: tl.tensor, out: tl.tensor, eps: tl.tensor,
-    batch: tl.tensor, ahead: tl.tensor, ahead_bytes: tl.tensor,
-    SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, INTERPRET: tl.constexpr,
+    SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ) -> None:  # fmt: skip
     """Add a linear to a row of x (B, WIDTH) in place, and write its RMSNorm. SPLITS is 0 where there is none to add."""
     dtype: tl.constexpr = x.dtype.element_ty
     row = tl.program_id(0)
-    if ahead is not None:  # noqa: SIM102, known when it compiles
-        if row >= batch:
-            _ask_for(ahead, ahead_bytes, row - batch, tl.num_programs(0) - batch)
-            return
-    _begin(OVERLAP)
     columns = tl.arange(0, BLOCK)
     mask = columns < WIDTH
     at = row * WIDTH + columns
     values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     if SPLITS > 0:
-        count = batch * WIDTH
+        count = tl.num_programs(0) * WIDTH
         added = _total(parts, bias, at, columns, mask, count, dtype, SPLITS, INTERPRET)
         values = _rounded(values + added, dtype, INTERPRET)
         tl.store(x + at, values, mask=mask)
@@ -112,26 +92,19 @@ def norm_kernel(
 def swiglu_kernel(
     gate: tl.tensor, up: tl.tensor, gate_bias: tl.tensor, up_bias: tl.tensor, out: tl.tensor,
     gate_stride: tl.tensor, up_stride: tl.tensor, width: tl.tensor,
-    batch: tl.tensor, ahead: tl.tensor, ahead_bytes: tl.tensor,
-    GATE_SPLITS: tl.constexpr, UP_SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    GATE_SPLITS: tl.constexpr, UP_SPLITS: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write silu(gate) * up (B, width) of parts whose rows lie so many elements apart. Program (block, row)."""
     dtype: tl.constexpr = out.dtype.element_ty
-    row = tl.program_id(1)
-    if ahead is not None:  # noqa: SIM102, known when it compiles
-        if row >= batch:
-            _ask_for(ahead, ahead_bytes, tl.program_id(0), tl.num_programs(0))
-            return
-    _begin(OVERLAP)
+    row, rows = tl.program_id(1), tl.num_programs(1)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     gates = _total(
-        gate, gate_bias, row * gate_stride + columns, columns, mask, batch * gate_stride,
+        gate, gate_bias, row * gate_stride + columns, columns, mask, rows * gate_stride,
         dtype, GATE_SPLITS, INTERPRET,
     )  # fmt: skip
     ups = _total(
-        up, up_bias, row * up_stride + columns, columns, mask, batch * up_stride, dtype, UP_SPLITS, INTERPRET
+        up, up_bias, row * up_stride + columns, columns, mask, rows * up_stride, dtype, UP_SPLITS, INTERPRET
     )
     activated = _rounded(gates / (1.0 + tl.exp(-gates)), dtype, INTERPRET)
     tl.store(out + row * width + columns, _rounded(activated * ups, dtype, INTERPRET), mask=mask)
@@ -269,10 +242,9 @@ def heads_kernel(
     q_stride: tl.tensor, k_stride: tl.tensor, v_stride: tl.tensor, cosines: tl.tensor, sines: tl.tensor,
     position: tl.tensor, q_rotation: tl.tensor, k_rotation: tl.tensor, queries: tl.tensor, keys: tl.tensor,
     values: tl.tensor, key_scales: tl.tensor, value_scales: tl.tensor, slots: tl.tensor, batch: tl.tensor,
-    ahead: tl.tensor, ahead_bytes: tl.tensor,
     Q_SPLITS: tl.constexpr, K_SPLITS: tl.constexpr, V_SPLITS: tl.constexpr, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, OVERLAP: tl.constexpr, INTERPRET: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, INTERPRET: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write queries (B, HEADS, WIDTH), and keys and values to the token's slot. Program (ROWS heads, q, k or v).
 
@@ -280,11 +252,6 @@ def heads_kernel(
     """
     dtype: tl.constexpr = queries.dtype.element_ty
     kind = tl.program_id(1)
-    if ahead is not None:  # noqa: SIM102, known when it compiles
-        if kind == 3:
-            _ask_for(ahead, ahead_bytes, tl.program_id(0), tl.num_programs(0))
-            return
-    _begin(OVERLAP)
     here = tl.load(position).to(tl.int32)
     slot = here % slots
     if kind == 0:

@@ -23,8 +23,6 @@ class Batch:
         stages: tiles in flight.
         programs: of one launch; K is split until there are about so many.
         lines: rows of x a program at most.
-        unroll: tiles that are loaded and multiplied together.
-        scaled: whether scales meet the matrix, rounded to x's dtype, and not the sums.
     """
 
     limit: int
@@ -33,8 +31,6 @@ class Batch:
     stages: int
     programs: int = 512
     lines: int = 64
-    unroll: int = 1
-    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,6 @@ class Tuning:
         vector_warps: of a program.
         dequantize_rows: of the matrix, a program of `dequantize_kernel`.
         dequantize_warps: of a program.
-        overlap: whether kernels start while the one before them ends; needs capability 9.0.
-        ahead_bytes: of the next matrix that small kernels ask for; needs capability 9.0.
     """
 
     batches: Mapping[str, tuple[Batch, ...]]
@@ -63,8 +57,6 @@ class Tuning:
     vector_warps: int = 4
     dequantize_rows: int = 64
     dequantize_warps: int = 4
-    overlap: bool = False
-    ahead_bytes: int = 0
 
     def batch(self, kind: str, rows: int) -> Batch | None:
         """Return the launch of `batch_kernel` for so many rows of x, None where there are too many."""
@@ -77,33 +69,32 @@ def _alike(*batches: Batch) -> dict[str, tuple[Batch, ...]]:
 
 _HOPPER = Tuning(
     {
+        "int8": (
+            Batch(1, rows=64, warps=2, stages=4, programs=528),
+            Batch(32, rows=64, warps=4, stages=4, programs=528),
+            Batch(64, rows=128, warps=4, stages=3, programs=264),
+            Batch(128, rows=128, warps=4, stages=3, programs=264),
+            Batch(256, rows=128, warps=8, stages=3, programs=132),
+        ),
         "int4": (
-            Batch(1, rows=128, warps=2, stages=3, programs=1056),
+            Batch(1, rows=64, warps=2, stages=3, programs=528),
             Batch(32, rows=128, warps=4, stages=4, programs=528),
-            Batch(64, rows=64, warps=4, stages=3, programs=528),
-            Batch(128, rows=128, warps=8, stages=3, programs=132),
+            Batch(64, rows=128, warps=4, stages=3, programs=264),
+            Batch(128, rows=128, warps=4, stages=3, programs=264),
+            Batch(256, rows=128, warps=8, stages=3, programs=132),
         ),
         "int4-asym": (
             Batch(32, rows=64, warps=4, stages=3, programs=1056),
             Batch(64, rows=64, warps=8, stages=3, programs=528),
         ),
         "nf4": (
-            Batch(1, rows=64, warps=2, stages=3, programs=1056),
+            Batch(1, rows=64, warps=2, stages=3, programs=528),
             Batch(32, rows=128, warps=4, stages=4, programs=264),
-            Batch(64, rows=64, warps=4, stages=3, programs=528),
-            Batch(128, rows=128, warps=8, stages=3, programs=132),
-        ),
-        "int8": (
-            Batch(1, rows=64, warps=4, stages=4, programs=528),
-            Batch(32, rows=64, warps=4, stages=4, programs=528),
-            Batch(64, rows=64, warps=4, stages=3, programs=528),
-            Batch(128, rows=128, warps=8, stages=3, programs=132),
+            Batch(64, rows=128, warps=4, stages=3, programs=264),
+            Batch(128, rows=128, warps=4, stages=3, programs=264),
         ),
     },
     vector=frozenset(),
-    vector_programs=1056,
-    overlap=True,
-    ahead_bytes=8 << 20,
 )
 
 # by compute capability; a GPU takes the newest that is not newer than it
