@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +131,53 @@ def test_on_a_cpu_the_operator_says_what_it_needs() -> None:
     packed = ops.prepare(random_matrix(SCHEMES["int8"], (16, 64)), "triton")
     with pytest.raises(BackendError, match="run on a CUDA GPU where Triton is installed, not on cpu"):
         ops.linear(torch.randn(1, 64), packed)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+class TestSharedMemory:
+    """What a kernel with a table of its own must ask of CUDA; the driver is pretended."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int | None, int, int]]:
+        from quantkit.kernels.triton import launch
+
+        calls: list[tuple[int | None, int, int]] = []
+
+        class Driver:
+            def __init__(self, name: str) -> None:
+                assert name == "libcuda.so.1"
+
+            def cuFuncSetAttribute(self, function: Any, attribute: int, value: int) -> int:
+                calls.append((function.value, attribute, value))
+                return int(function.value == 13)
+
+        monkeypatch.setattr(launch, "_GRANTED", set())
+        monkeypatch.setattr(launch.ctypes, "CDLL", Driver)
+        return calls
+
+    @staticmethod
+    def compiled(function: int, shared: int) -> Any:
+        return SimpleNamespace(metadata=SimpleNamespace(shared=shared), run=None, function=function)
+
+    def test_it_asks_once_for_each_kernel(self, asked: list[tuple[int | None, int, int]]) -> None:
+        from quantkit.kernels.triton import launch
+
+        for function in (7, 7, 8):
+            launch._grant_shared(self.compiled(function, 20_992))
+        assert asked == [(7, 8, 20_992), (8, 8, 20_992)]
+
+    def test_it_leaves_alone_what_triton_asks_for(self, asked: list[tuple[int | None, int, int]]) -> None:
+        from quantkit.kernels.triton import launch
+
+        launch._grant_shared(self.compiled(7, launch.UNASKED_SHARED + 1))
+        assert not asked
+
+    @pytest.mark.usefixtures("asked")
+    def test_a_refusal_is_said(self) -> None:
+        from quantkit.kernels.triton import launch
+
+        with pytest.raises(BackendError, match="CUDA grants no 20,992 bytes of shared memory"):
+            launch._grant_shared(self.compiled(13, 20_992))
 
 
 class TestChoice:

@@ -21,10 +21,7 @@ import torch
 _AND_OR, _AND_XOR = 0xEA, 0x6A  # of `lop3`: (a & b) | c and (a & b) ^ c
 _FORM = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
 _POWER = {torch.bfloat16: 128.0, torch.float16: 1024.0}  # its mantissa counts in ones
-
-
 _TABLE, _LANES, _ENTRIES = "quantkit_nf4_table", 32, 256
-TABLE_BYTES = 4 * _LANES * _ENTRIES
 LEAST_THREADS = 64  # that write the table
 CONSTRAINTS = {bits: ",".join(["=r"] * (16 // bits) + ["r"]) for bits in (4, 8)}
 TABLE_CONSTRAINTS = "=r,l"  # nothing, and the codebook's address
@@ -89,7 +86,7 @@ def nf4_table(dtype: torch.dtype) -> str:
             ]
         lines += ["add.u32 row, row, threads;"]
     lines += ["bar.sync 0;", "mov.u32 $0, 0;"]
-    declared = f".shared .align 128 .b8 {_TABLE}[{TABLE_BYTES}];"
+    declared = f".shared .align 128 .b8 {_TABLE}[{4 * _LANES * _ENTRIES}];"
     return "\n".join([declared, "{", *lines, "}"])
 
 
