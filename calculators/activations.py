@@ -15,8 +15,9 @@ from itertools import groupby
 
 from calculators.allocator import Block
 from calculators.caching import attended, extend, piece_tokens, token_elements
+from calculators.flash import Call, accumulators, splits
 from calculators.linear import linear
-from calculators.tape import BOOL, FP32, HALF, INT64, Layer, Tape
+from calculators.tape import BOOL, FP32, INT64, Layer, Tape
 
 SCORE_ELEMENTS = 1 << 24  # plain attention holds so many scores at a time
 
@@ -26,9 +27,9 @@ def score_rows(heads: int, keys: int) -> int:
     return max(1, SCORE_ELEMENTS // (heads * keys))
 
 
-def flash_runs(element_bytes: int, head_dim: int) -> bool:
-    """Tell whether FlashAttention-2 takes this dtype and head."""
-    return element_bytes == HALF and head_dim % 8 == 0 and head_dim <= 256
+def frequency_bytes(head_dim: int) -> int:
+    """Return the bytes of a decoder's rotary frequencies, which it makes after its weights."""
+    return head_dim // 2 * FP32
 
 
 def fixtures(tape: Tape, cache_parts: Sequence[int]) -> None:
@@ -82,10 +83,11 @@ def _sizes(tape: Tape, tokens: int, length: int) -> tuple[int, ...]:
     keys = attended(tape, tokens, length)
     if tape.model.attention == "math" or tape.rolls:
         return (tokens, keys, min(length, 1))
+    count = splits(_call(tape, tokens, keys), tape.model.sm_count)
     if tape.cache.bits >= 16:
-        return (tokens,)
+        return tokens, count
     step = piece_tokens(token_elements(tape))
-    return tokens, min(keys, step), keys % step
+    return tokens, count, min(keys, step), keys % step
 
 
 def forward(tape: Tape, tokens: int, length: int) -> Block | None:
@@ -192,11 +194,18 @@ def _replaced(tape: Tape, old: Block | None, name: str, shape: str) -> Block | N
 
 
 def _flash(tape: Tape) -> Block | None:
-    """The output, float32 log-sum-exp, and the state of a random generator that is not used."""
+    """The output, float32 log-sum-exp, those of splits, and the state of a random generator that is not used."""
+    take, call = tape.take, _call(tape, tape.letters["T"], tape.letters["S"])
     out = tape.new("attention", "B T A D", tape.element_bytes)
-    beside = tape.new("log-sum-exp", "B A T", FP32), tape.take("seed", 16), tape.take("offset", 8)
-    tape.drop(*beside)
+    norms = tape.new("log-sum-exp", "B A T", FP32)
+    parts = [take(name, *factors) for name, factors in accumulators(call, tape.model.sm_count)]
+    tape.drop(norms, *parts, take("seed", 16), take("offset", 8))
     return out
+
+
+def _call(tape: Tape, tokens: int, keys: int) -> Call:
+    letters = tape.letters
+    return Call(letters["B"], tokens, keys, letters["A"], letters["N"], letters["D"])
 
 
 def _math(tape: Tape, strided: bool) -> Block | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
-from calculators.activations import decode, fixtures, prefill
+from calculators.activations import decode, fixtures, frequency_bytes, prefill
 from calculators.allocator import CachingAllocator
 from calculators.kv_cache import KVLayout, kv_cache_parts
 from calculators.tape import Cache, Model, NotedTape, Tape, Term
@@ -82,9 +82,11 @@ def play(weights: Sequence[int], model: Model, layout: KVLayout, run: Run) -> Pe
     return Peaks(peaks.peak_requested, peaks.peak_allocated, peaks.peak_reserved, loaded)
 
 
-def loaded_bytes(weights: Sequence[int], expandable_segments: bool = False) -> int:
-    """Return what is allocated once the weights are loaded: loading needs no more than they do."""
-    return _loaded(tuple(weights), expandable_segments).allocated
+def loaded_bytes(weights: Sequence[int], head_dim: int, expandable_segments: bool = False) -> int:
+    """Return what is allocated once a decoder is made, and at most until then: weights, rotary frequencies."""
+    allocator = _loaded(tuple(weights), expandable_segments).fork()
+    allocator.malloc(frequency_bytes(head_dim))
+    return allocator.allocated
 
 
 def at_peak(weights: Sequence[int], model: Model, layout: KVLayout, run: Run) -> tuple[Term, ...]:

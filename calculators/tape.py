@@ -55,8 +55,9 @@ class Model:
         element_bytes: of the compute dtype, 2 or 4.
         layers: each layer's matrices; equal layers are one object.
         head: the output head.
-        window: tokens of a sliding window; None attends to the whole context.
         attention: `flash` or `math`.
+        sm_count: the device's streaming multiprocessors.
+        window: tokens of a sliding window; None attends to the whole context.
     """
 
     hidden: int
@@ -68,8 +69,9 @@ class Model:
     element_bytes: int
     layers: tuple[Layer, ...]
     head: Matrix
+    attention: str
+    sm_count: int
     window: int | None = None
-    attention: str = "flash"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +45,21 @@ def calibration_file() -> Path:
     return Path(home) / "quantkit" / "calibration.json"
 
 
-def calibrated(gpu_name: str) -> Platform | None:
-    """Return what was measured of a GPU on this machine, None where nothing was.
+def calibrated(gpu_name: str, known: Platform) -> Platform:
+    """Return what is known of a GPU, with what was measured of it on this machine, if anything was, in its place.
 
     Raises:
         ConfigError: the file is there and cannot be read.
     """
     entry = _read().get(gpu_name)
     if entry is None:
-        return None
+        return known
     found = f"on this machine {entry.date[:10]}, torch {entry.torch}, driver {entry.driver}"
-    return Platform(
-        Overhead(entry.context_bytes, "measured", f"CUDA context and loaded kernels, {found}"),
-        Overhead(entry.workspace_bytes, "measured", f"cuBLAS workspace {entry.workspace_bytes:,} B, {found}"),
+    workspace = f"cuBLAS workspace {entry.workspace_bytes:,} B, {found}"
+    return replace(
+        known,
+        context=Overhead(entry.context_bytes, "measured", f"CUDA context and loaded kernels, {found}"),
+        workspace=Overhead(entry.workspace_bytes, "measured", workspace),
     )
 
 

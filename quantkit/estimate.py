@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from calculators.activations import flash_runs
+from calculators.flash import flash_runs
 from calculators.hardware import ASSUMED_PLATFORM, Platform
 from calculators.kv_cache import KVLayout, cached_tokens, kv_cache_bytes
 from calculators.peak import Peaks, Run, at_peak, loaded_bytes, play
@@ -167,12 +167,12 @@ class Estimator:
         if weights_bytes is not None and weights_bytes != sum(self.weights):
             self.weights = (weights_bytes,)  # how a file splits them is not known here
         self.weights_bytes = sum(self.weights)
-        self.model = decoder_model(config, scheme, self.plan, platform.attention)
+        self.model = decoder_model(config, scheme, self.plan, platform)
 
     @property
     def loaded_bytes(self) -> int:
-        """Allocated once the weights are loaded, which is also the most while they are."""
-        return loaded_bytes(self.weights, self.platform.expandable_segments)
+        """Allocated once the decoder is made, which is also the most until then."""
+        return loaded_bytes(self.weights, self.config.head_dim, self.platform.expandable_segments)
 
     def estimate(self, workload: Workload) -> MemoryEstimate:
         """Return what a workload takes."""
@@ -286,7 +286,7 @@ def attention_path(config: ModelConfig, scheme: QuantScheme, wanted: str) -> str
 
 
 def decoder_model(
-    config: ModelConfig, scheme: QuantScheme, plan: Mapping[str, QuantScheme], attention: str
+    config: ModelConfig, scheme: QuantScheme, plan: Mapping[str, QuantScheme], platform: Platform
 ) -> Model:
     """Return the decoder as the calculators know it."""
     plain = Packing(DTYPE_BITS[compute_dtype(config, scheme)])
@@ -308,8 +308,9 @@ def decoder_model(
         element_bytes=plain.code_bits // 8,
         layers=tuple(kinds.setdefault(layer, layer) for layer in layers),
         head=matrices["model.embed_tokens.weight" if tied else "lm_head.weight"],
+        attention=attention_path(config, scheme, platform.attention),
+        sm_count=platform.sm_count,
         window=config.sliding_window,
-        attention=attention_path(config, scheme, attention),
     )
 
 

@@ -46,7 +46,7 @@ def _line(
     name = torch.cuda.get_device_name()
     free, total = torch.cuda.mem_get_info()
     try:
-        platform = calibrated(name) or platform_of(find_gpu(name))
+        platform = calibrated(name, platform_of(find_gpu(name)))
     except ValueError:
         platform = platform_of(None)
     # the estimate counts the context, which is there already, and what this process holds it may use again

@@ -20,7 +20,7 @@ LIGHT = (
     "quantkit.cli.quantize", "quantkit.cli.eval", "quantkit.cli.generate", "quantkit.cli.report",
     "quantkit.cli.fit", "quantkit.cli.machine", "quantkit.cli.measure", "quantkit.fit", "quantkit.shard",
     "quantkit.calibration", "quantkit.formats.hub", "quantkit.cli.bench", "quantkit.bench.results",
-    "quantkit.bench.tables",
+    "quantkit.bench.tables", "quantkit.bench.sections", "quantkit.bench.shapes", "quantkit.bench.cuda.results",
 )  # fmt: skip
 HEAVY = ("torch", "numpy", "pandas", "matplotlib", "gguf", "tokenizers", "transformers", "bitsandbytes")
 
@@ -47,6 +47,17 @@ def test_click_stays_in_the_command_line_and_plotting_in_reports(path: Path) -> 
     assert "click" not in packages or room[:2] == ("quantkit", "cli")
     assert "matplotlib" not in packages or room[:2] == ("quantkit", "report")
     assert not packages & {"pickle", "tests", "examples"}
+
+
+def test_a_gpus_benchmark_needs_no_package_that_it_does_not_run() -> None:
+    packages = ("gguf", "bitsandbytes", "sentencepiece", "jinja2", "tokenizers", "quantkit.bench.llama")
+    program = (
+        f"import sys, quantkit.bench.cuda.run; print([name for name in {packages!r} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -192,6 +192,7 @@ def test_the_index_names_every_page() -> None:
 
 
 def test_the_pages_say_that_nothing_was_measured_as_long_as_that_is_so() -> None:
-    records = list((ROOT / "reports" / "measured").glob("*.json"))
+    texts = (path.read_text()[:200] for path in (ROOT / "reports" / "measured").glob("*.json"))
+    records = [text for text in texts if '"kind": "measure"' in text]
     said = "No record from a GPU is there yet" in (ROOT / "docs" / "memory-model.md").read_text()
     assert said != bool(records), "reports/measured and docs/memory-model.md disagree"

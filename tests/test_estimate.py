@@ -160,13 +160,27 @@ def test_known_weight_bytes_are_taken_as_they_are() -> None:
     assert (entry.scheme, entry.weights_bytes) == ("as-stored", 12345)
 
 
+def test_splits_of_flash_attention_count() -> None:
+    """The keys of 275 queries are split in three on 132 multiprocessors, and not at all on 24."""
+    found = {
+        sm_count: Estimator(MISTRAL, SCHEMES["bf16"], platform=replace(ASSUMED_PLATFORM, sm_count=sm_count))
+        .estimate(Workload(276))
+        .activations_bytes
+        for sm_count in (24, 132)
+    }
+    accumulated = 3 * 32 * 275 * (128 + 1) * 4
+    assert found[24] < found[132] < found[24] + accumulated
+
+
 @pytest.mark.parametrize("attention", ["flash", "math"])
 @pytest.mark.parametrize(
     "config", [MISTRAL, PRESETS["mistral-7b-v0.1"], PRESETS["smollm2-135m"]], ids=lambda c: c.name
 )
 @pytest.mark.parametrize("scheme", ["bf16", "int8", "int4-g128", "nf4-dq"])
 def test_more_context_or_batch_never_takes_less(config: ModelConfig, scheme: str, attention: str) -> None:
-    platform = replace(ASSUMED_PLATFORM, attention=attention)
+    """Beside what flash attention splits: where few heads leave a GPU idle, a larger batch ends the splitting."""
+    few = config.n_heads < 16
+    platform = replace(ASSUMED_PLATFORM, attention=attention, sm_count=1 if few else 132)
     estimator = Estimator(config, SCHEMES[scheme], platform=platform)
     contexts, batches = (1, 63, 1024, 4095, 4097, 20000), (1, 2, 5)
     exact = ("weights_bytes", "kv_cache_bytes", "activations_bytes", "overhead_bytes")

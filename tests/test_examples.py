@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
+
+from calculators.units import GIB
+from quantkit.records import new_record, read_record, write_record
 from quantkit.schemes import SCHEMES
 from tests.paths import ROOT
+from tests.report.synthetic import DEVICE, cell, measure_body
 
 
 def run(name: str, *arguments: object) -> str:
     """Return what an example prints; its standard error appears where it fails."""
-    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
-    result = subprocess.run(
-        command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False
-    )
+    result = attempt(name, *arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def attempt(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
 
 
 def _environment() -> dict[str, str]:
@@ -53,3 +61,36 @@ def test_the_embedded_models_divergence_is_in_the_order_of_theory() -> None:
     assert mean["int4-g128"] > 1.05 * mean["int4-g64"] > 1.05**2 * mean["int4-g32"]
     assert mean["int4-g128"] > 1.05 * mean["nf4"] > 1.05**2 * mean["int4-g32"]
     assert abs(mean["nf4-dq"] / mean["nf4"] - 1) < 0.02
+
+
+def measured(path: Path, *cells: dict[str, object], name: str = DEVICE["name"]) -> Path:
+    """Write a record of some cells."""
+    write_record(path, new_record("measure", measure_body(list(cells), {**DEVICE, "name": name})))
+    return path
+
+
+def test_records_of_single_precisions_are_joined(tmp_path: Path) -> None:
+    own = cell("int8", 1024, GIB, GIB, own_process=True)
+    int8 = measured(tmp_path / "int8.json", cell("int8", 1024, GIB, GIB), own)
+    nf4 = measured(tmp_path / "nf4.json", cell("nf4", 1024, GIB, GIB), cell("nf4", 2048, GIB, GIB))
+    out = tmp_path / "both.json"
+    assert run("join_measurements.py", out, nf4) == f"2 cells of nf4: {out}\n"
+    assert run("join_measurements.py", out, out, int8) == f"4 cells of int8, nf4: {out}\n"
+    cells = [(row["scheme"], row["context"]) for row in read_record(out).body["cells"]]
+    assert cells == [("int8", 1024), ("nf4", 1024), ("nf4", 2048), ("int8", 1024)]
+    assert read_record(out).created == read_record(int8).created
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name", "message"),
+    [("int8", DEVICE["name"], "a cell comes twice"), ("nf4", "NVIDIA B200", "the records differ")],
+)
+def test_records_that_do_not_belong_together_are_not_joined(
+    scheme: str, name: str, message: str, tmp_path: Path
+) -> None:
+    first = measured(tmp_path / "first.json", cell("int8", 1024, GIB, GIB))
+    second = measured(tmp_path / "second.json", cell(scheme, 1024, GIB, GIB), name=name)
+    result = attempt("join_measurements.py", tmp_path / "out.json", first, second)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert message in result.stderr
+    assert not (tmp_path / "out.json").exists()

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from statistics import median
-from typing import Any
 
 import torch
 
+from quantkit.bench.contenders import Contender, rotating
 from quantkit.bench.machine import Roof
 from quantkit.bench.random_weights import random_quantized
 from quantkit.bench.results import BF16, OURS, Cell
+from quantkit.bench.shapes import matrices
 from quantkit.bench.timing import Effort, alternate, paired
 from quantkit.config import ModelConfig
 from quantkit.kernels import native, reference
@@ -27,37 +27,11 @@ from quantkit.quantize.packing import unpack_low_first
 from quantkit.schemes import QuantScheme
 from quantkit.tensor import QuantizedTensor
 
-SCHEMES = ("int8", "int4-g128", "nf4", "nf4-dq")
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-QUICK_ROWS = (1, 16)
 REFERENCE = "reference"
 _READ, _PRODUCT = "read", "product"
 _TORCH_GROUPS = (32, 64, 128, 256)  # that `_weight_int4pack_mm_for_cpu` takes
 _INNER_TILES = 2  # of its packing, which ignores it
 _BITSANDBYTES_ROWS = 32  # that its packing takes together
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One way to multiply by a matrix: `multiply(x, weight)` for each of its copies of the weight."""
-
-    copies: Sequence[Any]
-    multiply: Callable[[torch.Tensor, Any], torch.Tensor]
-
-    def run(self, x: torch.Tensor, turn: int) -> torch.Tensor:
-        """Return x @ W.T by the copy whose turn it is."""
-        return self.multiply(x, self.copies[turn % len(self.copies)])
-
-
-def matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Return (N, K) of one layer's matrices, those of one input as one."""
-    hidden, ffn, heads = config.hidden_size, config.intermediate_size, config.n_heads * config.head_dim
-    return {
-        "qkv": (heads + 2 * config.n_kv_heads * config.head_dim, hidden),
-        "o": (hidden, heads),
-        "gate_up": (2 * ffn, hidden),
-        "down": (hidden, ffn),
-    }
 
 
 def measure(
@@ -143,9 +117,9 @@ def contenders(weight: QuantizedTensor, away_bytes: int) -> dict[str, Contender]
     """
     plain = reference.dequantize(weight, torch.bfloat16)
     found = {
-        OURS: _rotating(lambda: native.pack([weight]), away_bytes, native.linear),
-        BF16: _rotating(plain.clone, away_bytes, torch.nn.functional.linear),
-        REFERENCE: _rotating(lambda: _copy(weight), away_bytes, reference.linear),
+        OURS: rotating(lambda: native.pack([weight]), away_bytes, native.linear),
+        BF16: rotating(plain.clone, away_bytes, torch.nn.functional.linear),
+        REFERENCE: rotating(lambda: _copy(weight), away_bytes, reference.linear),
     }
     scheme, cols = weight.scheme, weight.shape[1]
     if scheme.method == "nf4" and find_spec("bitsandbytes"):
@@ -157,15 +131,6 @@ def contenders(weight: QuantizedTensor, away_bytes: int) -> dict[str, Contender]
         if scheme.bits == 4 and whole and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
             found["torch int4pack"] = _torch_int4(weight, away_bytes)
     return found
-
-
-def _rotating(
-    make: Callable[[], Any], away_bytes: int, multiply: Callable[[torch.Tensor, Any], torch.Tensor]
-) -> Contender:
-    """Return a contender with as many copies of a weight as it takes; a weight knows its bytes."""
-    first = make()
-    count = max(2, -(-away_bytes // first.nbytes))
-    return Contender([first, *(make() for _ in range(count - 1))], multiply)
 
 
 def _copy(weight: QuantizedTensor) -> QuantizedTensor:
@@ -180,7 +145,7 @@ def _torch_int8(weight: QuantizedTensor, away_bytes: int) -> Contender:
     def multiply(x: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
         return torch.ops.aten._weight_int8pack_mm(x, copy, scales)
 
-    return _rotating(codes.clone, away_bytes, multiply)
+    return rotating(codes.clone, away_bytes, multiply)
 
 
 def _torch_int4(weight: QuantizedTensor, away_bytes: int) -> Contender:
@@ -193,7 +158,7 @@ def _torch_int4(weight: QuantizedTensor, away_bytes: int) -> Contender:
     def multiply(x: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, copy, group, scales_and_zeros)
 
-    return _rotating(packed.clone, away_bytes, multiply)
+    return rotating(packed.clone, away_bytes, multiply)
 
 
 def _bitsandbytes(weight: QuantizedTensor, away_bytes: int) -> Contender:
@@ -218,4 +183,4 @@ def _bitsandbytes(weight: QuantizedTensor, away_bytes: int) -> Contender:
     def multiply(x: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
         return bitsandbytes.matmul_4bit(x, copy, state)
 
-    return _rotating(codes.clone, away_bytes, multiply)
+    return rotating(codes.clone, away_bytes, multiply)

@@ -15,6 +15,7 @@ from quantkit.bench.llama import Llama, file_type, write_gguf
 from quantkit.bench.machine import Memory
 from quantkit.bench.random_weights import RandomCheckpoint
 from quantkit.bench.results import ModelRun, Peer
+from quantkit.bench.shapes import QUICK_MODEL, token_bytes
 from quantkit.bench.timing import Effort, alternate, paired
 from quantkit.config import ModelConfig
 from quantkit.models.decoder import Decoder
@@ -22,7 +23,7 @@ from quantkit.models.loader import load
 from quantkit.schemes import QuantScheme
 
 MODELS = ("mistral-7b-instruct-v0.2", "smollm2-135m")
-QUICK_MODELS = ("smollm2-135m",)
+QUICK_MODELS = (QUICK_MODEL,)
 _READ_BYTES = 256 << 20  # at most, before each decoding
 _PAUSE_S = 0.02
 
@@ -120,8 +121,7 @@ def _run(
             runs["peer decode"] = lambda turn: other.decode(answer)
             times = alternate(runs | last, effort, _PAUSE_S)
         peer = _peer(other.version, beside, length, times)
-    embedding_bytes = 0 if config.tie_embeddings else 2 * config.vocab_size * config.hidden_size
-    token_bytes = decoder.weights_bytes - embedding_bytes
+    read = token_bytes(config, decoder.weights_bytes)
     return ModelRun(
         model=config.name,
         scheme=scheme.name,
@@ -129,10 +129,10 @@ def _run(
         decode_tokens=length.decode,
         rounds=len(times["decode"]),
         weights_bytes=decoder.weights_bytes,
-        token_bytes=token_bytes,
+        token_bytes=read,
         prefill_tokens_per_s=length.prompt / median(times["prefill"]),
         decode_tokens_per_s=length.decode / median(times["decode"]),
-        read_share=length.decode * token_bytes / read_bytes * paired(times["read"], times["decode"]),
+        read_share=length.decode * read / read_bytes * paired(times["read"], times["decode"]),
         peer=peer,
     )
 

@@ -26,11 +26,12 @@ class RandomCheckpoint(Checkpoint):
 
     Args:
         config: the model whose shapes it has.
-        scheme: of the blocks' matrices; all else is in the config's dtype.
+        scheme: of the blocks' matrices; all else is in bfloat16.
+        device: where they are made.
     """
 
-    def __init__(self, config: ModelConfig, scheme: QuantScheme) -> None:
-        self.path, self.config = Path(config.name), config
+    def __init__(self, config: ModelConfig, scheme: QuantScheme, device: torch.device | str = "cpu") -> None:
+        self.path, self.config, self._device = Path(config.name), config, device
         self.schemes = plan_weights(config, scheme)
         self.stored_bytes = 0
 
@@ -38,8 +39,8 @@ class RandomCheckpoint(Checkpoint):
         """Return one tensor: norms are 1, the rest is random."""
         if spec.name in self.schemes:
             rows, cols = spec.shape
-            return random_quantized((rows, cols), self.schemes[spec.name])
-        plain = torch.empty(spec.shape, dtype=torch.bfloat16)
+            return random_quantized((rows, cols), self.schemes[spec.name], self._device)
+        plain = torch.empty(spec.shape, dtype=torch.bfloat16, device=self._device)
         return plain.fill_(1.0) if spec.role == "norm" else plain.normal_(std=STD)
 
     def drop_pages(self) -> None:
@@ -54,9 +55,11 @@ class RandomCheckpoint(Checkpoint):
         raise TokenizerError(f"random weights of {self.config.name} have no tokenizer")
 
 
-def random_quantized(shape: tuple[int, int], scheme: QuantScheme) -> QuantizedTensor:
+def random_quantized(
+    shape: tuple[int, int], scheme: QuantScheme, device: torch.device | str = "cpu"
+) -> QuantizedTensor:
     """Return a matrix of random codes with bfloat16 scales (NF4 has its own); weights have about `STD`."""
-    weight = empty_quantized(shape, scheme, torch.bfloat16, "cpu")
+    weight = empty_quantized(shape, scheme, torch.bfloat16, device)
     largest = 1.0 if scheme.method == "nf4" else 2.0 ** (scheme.bits - 1)
     scale = STD * math.sqrt(3.0) / largest
     for part in weight.parts().values():
@@ -73,6 +76,6 @@ def random_bytes(part: torch.Tensor) -> None:
     """Fill a contiguous tensor of integers with random bytes, eight at a time."""
     flat = part.view(-1).view(torch.uint8)
     whole = flat.numel() // 8
-    words = torch.empty(whole, dtype=torch.int64).random_(-(2**63), None)
+    words = torch.empty(whole, dtype=torch.int64, device=part.device).random_(-(2**63), None)
     flat[: 8 * whole].copy_(words.view(torch.uint8))
     flat[8 * whole :].random_(0, 256)

@@ -11,8 +11,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 OURS, BF16 = "quantkit", "torch bf16"
+
+
+@dataclass(frozen=True)
+class Words:
+    """How the figures of one kind of machine are said.
+
+    Attributes:
+        kernels: what ran.
+        moves: what the machine does to memory where that is measured.
+        bandwidth: what the speed of that is called.
+        time: the unit of a layer's time.
+        times: how many of it make a second.
+        rate: the unit of operations a second.
+        rates: how many operations a second make one.
+    """
+
+    kernels: str
+    moves: str
+    bandwidth: str
+    time: str
+    times: float
+    rate: str
+    rates: float
+
+
+class Limited(Protocol):
+    """What a machine can do at most: bytes and operations a second, the two lines of a roofline."""
+
+    @property
+    def bytes_per_s(self) -> float: ...
+
+    @property
+    def flops_per_s(self) -> float: ...
+
+
+def roof(limits: Limited, intensity: float) -> float:
+    """Return the most operations a second for so many of them on each byte that is read."""
+    return min(limits.flops_per_s, limits.bytes_per_s * intensity)
 
 
 @dataclass(frozen=True)
@@ -38,6 +77,12 @@ class Machine:
     memory_bytes: int
     torch: str
     quantkit: str
+
+    @property
+    def line(self) -> str:
+        """All that matters, in a line."""
+        ran = f"torch {self.torch}, quantkit {self.quantkit}"
+        return f"{self.cpu}, {self.threads} threads, {self.isa}, {ran}"
 
 
 @dataclass(frozen=True)
@@ -71,10 +116,6 @@ class Limits:
     def bytes_per_s(self) -> float:
         """The read bandwidth: that of the fastest reader."""
         return self.readers[0].bytes_per_s
-
-    def roof(self, intensity: float) -> float:
-        """Return the most operations a second for so many of them on each byte that is read."""
-        return min(self.flops_per_s, self.bytes_per_s * intensity)
 
 
 @dataclass(frozen=True)
@@ -187,6 +228,11 @@ class Bench:
     cells: tuple[Cell, ...]
     models: tuple[ModelRun, ...]
 
+    @property
+    def words(self) -> Words:
+        """How its figures are said."""
+        return Words("CPU kernels", "reads", "read bandwidth", "ms", 1e3, "GFLOP/s", 1e9)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -222,21 +268,27 @@ class Layer:
 
 
 def layers(cells: Sequence[Cell]) -> list[Layer]:
-    """Return the sums of each scheme and M, in the order of the cells."""
+    """Return the sums of each scheme and M, in the order of the cells; those that lack a matrix are left out."""
+    return [
+        _layer(group[0].scheme, group, OURS, sum(cell.weight_bytes for cell in group))
+        for group in whole_layers(cells)
+    ]
+
+
+def whole_layers(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Return the cells of each scheme and M that have every matrix there is."""
     grouped: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
         grouped.setdefault((cell.scheme, cell.m), []).append(cell)
-    return [
-        _layer(scheme, group, OURS, sum(cell.weight_bytes for cell in group))
-        for (scheme, _), group in grouped.items()
-    ]
+    matrices = len({cell.matrix for cell in cells})
+    return [group for group in grouped.values() if len(group) == matrices]
 
 
 def bf16_layers(cells: Sequence[Cell]) -> list[Layer]:
     """Return what torch does with the same matrices in bfloat16, beside the first scheme."""
-    first = [cell for cell in cells if cell.scheme == cells[0].scheme]
-    grouped = [[cell for cell in first if cell.m == m] for m in dict.fromkeys(cell.m for cell in first)]
-    return [_layer(BF16, group, BF16, sum(2 * cell.n * cell.k for cell in group)) for group in grouped]
+    whole = whole_layers(cells)
+    first = [group for group in whole if group[0].scheme == whole[0][0].scheme]
+    return [_layer(BF16, group, BF16, sum(2 * cell.n * cell.k for cell in group)) for group in first]
 
 
 def _layer(name: str, group: Sequence[Cell], contender: str, weight_bytes: int) -> Layer:

@@ -9,14 +9,12 @@ from pathlib import Path
 from calculators.units import format_bytes
 from quantkit.bench import kernels, machine, models
 from quantkit.bench.results import Bench, Cell, ModelRun
+from quantkit.bench.shapes import matrices, rows_of_x, shapes
 from quantkit.bench.timing import Effort
 from quantkit.config import ModelConfig
-from quantkit.errors import BackendError, SchemeError
+from quantkit.errors import BackendError
 from quantkit.estimate import Estimator
-from quantkit.presets import DEFAULT_PRESET, PRESETS
-from quantkit.schemes import QuantScheme, get_scheme
-
-_QUICK_SHAPES = "smollm2-135m"
+from quantkit.schemes import QuantScheme
 
 
 @dataclass(frozen=True)
@@ -40,36 +38,10 @@ class Plan:
     folder: Path | None = None
 
     @property
-    def rows(self) -> tuple[int, ...]:
-        """Rows of x that each matrix is multiplied with."""
-        return kernels.QUICK_ROWS if self.quick else kernels.ROWS
-
-    @property
-    def shapes(self) -> ModelConfig:
-        """The model whose matrices the kernels multiply by."""
-        return PRESETS[_QUICK_SHAPES if self.quick else DEFAULT_PRESET]
-
-    @property
     def steps(self) -> int:
         """How many times `run` tells of progress."""
-        cells = len(self.schemes) * len(kernels.matrices(self.shapes)) * len(self.rows)
+        cells = len(self.schemes) * len(matrices(shapes(self.quick))) * len(rows_of_x(self.quick))
         return 1 + self.kernels * cells + len(self.models) * len(self.schemes)
-
-
-def schemes_named(names: tuple[str, ...]) -> tuple[QuantScheme, ...]:
-    """Return the schemes of these names, or those that are run where none is named.
-
-    Raises:
-        SchemeError: a name is unknown, or that of a plain precision.
-    """
-    found = tuple(get_scheme(name) for name in dict.fromkeys(names or kernels.SCHEMES))
-    for scheme in found:
-        if not scheme.quantized:
-            raise SchemeError(
-                f"{scheme.name} is not quantized: torch's bf16 runs beside every scheme; name one of "
-                f"{', '.join(kernels.SCHEMES)}"
-            )
-    return found
 
 
 def run(plan: Plan, progress: Callable[[int], None]) -> Bench:
@@ -79,7 +51,7 @@ def run(plan: Plan, progress: Callable[[int], None]) -> Bench:
         BackendError: the CPU kernels are not built, a model is larger than the memory, or llama.cpp is asked for
             and cannot run.
     """
-    here = machine.describe()
+    here, config = machine.describe(), shapes(plan.quick)
     _check_room(plan, here.memory_bytes)
     if plan.llama:
         from quantkit.bench.llama import Llama
@@ -93,7 +65,9 @@ def run(plan: Plan, progress: Callable[[int], None]) -> Bench:
     if plan.kernels:
         effort = Effort(2, 0.0) if plan.quick else Effort(7, 0.7)
         away = 0 if plan.quick else machine.uncached_bytes()
-        cells = tuple(kernels.measure(plan.shapes, plan.schemes, plan.rows, roof, effort, away, progress))
+        cells = tuple(
+            kernels.measure(config, plan.schemes, rows_of_x(plan.quick), roof, effort, away, progress)
+        )
     if plan.models:
         effort = Effort(1, 0.0) if plan.quick else Effort(5, 15.0)
         length = models.QUICK_LENGTH if plan.quick else models.LENGTH
@@ -102,7 +76,7 @@ def run(plan: Plan, progress: Callable[[int], None]) -> Bench:
                 plan.models, plan.schemes, length, roof.memory, effort, plan.llama, plan.folder, progress
             )
         )
-    return Bench(plan.quick, here, limits, plan.shapes.name, cells, runs)
+    return Bench(plan.quick, here, limits, config.name, cells, runs)
 
 
 def _check_room(plan: Plan, memory_bytes: int) -> None:

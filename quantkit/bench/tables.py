@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from calculators.units import format_bytes
-from quantkit.bench.results import OURS, Bench, Layer, ModelRun, bf16_layers, layers
+from quantkit.bench.cuda.results import AnyBench
+from quantkit.bench.results import OURS, Bench, Layer, ModelRun, Words, bf16_layers, layers
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -22,32 +23,33 @@ def machine(found: Bench) -> list[tuple[str, str]]:
     ]
 
 
-def kernels(found: Bench) -> Table:
+def kernels(found: AnyBench) -> Table:
     """Return one layer's matrices at each M: quantkit's time, and how many times as fast as each other it is."""
     sums = layers(found.cells)
     others = list(dict.fromkeys(name for layer in sums for name in layer.speedups))
-    header = ["scheme", "rows", "ms", "GFLOP/s", "of roof", *(f"x {name}" for name in others)]
-    return header, [_kernel(layer, others) for layer in [*bf16_layers(found.cells), *sums]]
+    words = found.words
+    header = ["scheme", "rows", words.time, words.rate, "of roof", *(f"x {name}" for name in others)]
+    return header, [_kernel(layer, others, words) for layer in [*bf16_layers(found.cells), *sums]]
 
 
-def _kernel(layer: Layer, others: list[str]) -> list[str]:
+def _kernel(layer: Layer, others: list[str], words: Words) -> list[str]:
     speedups = [f"{layer.speedups[name]:.2f}" if name in layer.speedups else MISSING for name in others]
     return [
         layer.name,
         str(layer.m),
-        f"{1e3 * layer.seconds:,.2f}",
-        f"{layer.flops_per_s / 1e9:,.0f}",
+        f"{words.times * layer.seconds:,.2f}",
+        f"{layer.flops_per_s / words.rates:,.0f}",
         f"{layer.roof_share:.0%}",
         *speedups,
     ]
 
 
-def shares(found: Bench) -> Table:
-    """Return each scheme's share of the read bandwidth at one row, matrix by matrix."""
+def shares(found: AnyBench) -> Table:
+    """Return each scheme's share of the bandwidth at one row, matrix by matrix."""
     known = {(cell.scheme, cell.matrix): cell.roof_shares[OURS] for cell in found.cells if cell.m == 1}
     names = list(dict.fromkeys(name for _, name in known))
     rows = [
-        [scheme, *(f"{known[scheme, name]:.0%}" for name in names)]
+        [scheme, *(f"{known[scheme, name]:.0%}" if (scheme, name) in known else MISSING for name in names)]
         for scheme in dict.fromkeys(scheme for scheme, _ in known)
     ]
     return ["scheme", *names], rows
@@ -70,7 +72,7 @@ def _model(run: ModelRun) -> list[str]:
     return row
 
 
-def about_kernels(found: Bench) -> str:
+def about_kernels(found: AnyBench) -> str:
     """Return what `kernels` holds, in a line."""
     return (
         f"All matrices of one layer of {found.shapes}; x is how many times as fast as the other quantkit is"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from quantkit.cli import options, page, remarks
 
 if TYPE_CHECKING:
-    from quantkit.bench.results import Bench
+    from quantkit.bench.cuda.results import AnyBench, CudaBench
+    from quantkit.config import ModelConfig
+
+PARTS = ("machine", "kernels", "models")
 
 
 @click.group("bench")
@@ -22,16 +25,34 @@ def command() -> None:
     """Measure how fast quantized models run on this machine, beside what it could do at most."""
 
 
+def _options(models: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return the options that both have; `models` are those that are run whole where none is named."""
+    both = (
+        click.option(
+            "--only", "sections", type=click.Choice(PARTS), multiple=True,
+            help="Run this part alone, repeatable; the machine's own limits always are measured.",
+        ),
+        click.option("--scheme", "schemes", multiple=True, metavar="NAME", help="Repeatable [default: four]."),
+        click.option(
+            "--model", "models", multiple=True, metavar="MODEL",
+            help=f"Run a whole model of these shapes, repeatable [default: {models}].",
+        ),
+        click.option("--quick", is_flag=True, help="A few seconds that show that everything works."),
+        click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Write a record."),
+        click.option("--json", "as_json", is_flag=True, help="Print the record's body as JSON."),
+        remarks.quiet,
+    )  # fmt: skip
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(both):
+            function = option(function)
+        return function
+
+    return add
+
+
 @command.command("cpu")
-@click.option(
-    "--only", "sections", type=click.Choice(["machine", "kernels", "models"]), multiple=True,
-    help="Run this part alone, repeatable; the machine's own limits always are measured.",
-)  # fmt: skip
-@click.option("--scheme", "schemes", multiple=True, metavar="NAME", help="Repeatable [default: four].")
-@click.option(
-    "--model", "models", multiple=True, metavar="MODEL",
-    help="Run a whole model of these shapes, repeatable [default: mistral-7b-instruct-v0.2 and smollm2-135m].",
-)  # fmt: skip
+@_options("mistral-7b-instruct-v0.2 and smollm2-135m")
 @click.option(
     "--llama", metavar="PYTHON",
     help="Also run llama.cpp on the same shapes, by an interpreter that has llama_cpp.",
@@ -40,10 +61,6 @@ def command() -> None:
     "--folder", type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Where the file for llama.cpp is written for the time being.",
 )  # fmt: skip
-@click.option("--quick", is_flag=True, help="A few seconds that show that everything works.")
-@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Write a record.")
-@click.option("--json", "as_json", is_flag=True, help="Print the record's body as JSON.")
-@remarks.quiet
 @options.examples(
     "bench cpu --quick",
     "bench cpu --only kernels --scheme int4-g128",
@@ -64,41 +81,106 @@ def cpu(
     What is compared runs in alternation, and every ratio is a median of pairs, so that other load on the
     machine changes both sides; still, nothing else should run. torch's threads are used: OMP_NUM_THREADS.
     """
-    wanted = set(sections) or {"machine", "kernels", "models"}
-    if (models or llama) and "models" not in wanted:
-        raise click.UsageError("--model and --llama belong to the models: add --only models")
+    wanted = _parts(sections, models)
+    if llama and "models" not in wanted:
+        raise click.UsageError("--llama belongs to the models: add --only models")
     if folder and not llama:
         raise click.UsageError("--folder is for the file that --llama reads: name an interpreter, too")
     from quantkit.bench import models as whole
-    from quantkit.bench.run import Plan, run, schemes_named
+    from quantkit.bench.run import Plan, run
+    from quantkit.bench.shapes import schemes_named
 
-    named = models or (whole.QUICK_MODELS if quick else whole.MODELS)
     plan = Plan(
         schemes=schemes_named(schemes),
         kernels="kernels" in wanted,
-        models=tuple(options.find_model(name).config for name in named) if "models" in wanted else (),
+        models=_configs(models or (whole.QUICK_MODELS if quick else whole.MODELS))
+        if "models" in wanted
+        else (),
         quick=quick,
         llama=llama,
         folder=folder,
     )
     with remarks.progress("measuring", plan.steps) as bar:
         found = run(plan, bar.update)
-    body = asdict(found)
+    _finish(found, output, as_json)
+
+
+@command.command("cuda")
+@_options("mistral-7b-instruct-v0.2")
+@options.examples(
+    "bench cuda --quick",
+    "bench cuda --only kernels --scheme int4-g128",
+    "bench cuda -o bench.json",
+)
+def cuda(
+    sections: Sequence[str],
+    schemes: tuple[str, ...],
+    models: Sequence[str],
+    quick: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure the kernels of the first CUDA GPU beside its copy bandwidth, and whole models with random weights.
+
+    Kernels run in CUDA graphs, in alternation, from copies that no cache holds. The record is written again
+    with each new figure, so that a run that is cut short keeps what it measured.
+    """
+    wanted = _parts(sections, models)
+    from quantkit.bench.cuda.device import Cuda
+    from quantkit.bench.cuda.run import Plan, run
+    from quantkit.bench.shapes import schemes_named, shapes
+
+    plan = Plan(
+        schemes=schemes_named(schemes),
+        kernels="kernels" in wanted,
+        models=_configs(models or (shapes(quick).name,)) if "models" in wanted else (),
+        quick=quick,
+    )
+
+    def save(found: CudaBench) -> None:
+        if output:
+            _write(output, found)
+
+    device = Cuda()
+    with remarks.progress("measuring", plan.steps) as bar:
+        found = run(plan, device, bar.update, save)
+    _finish(found, output, as_json)
+
+
+def _parts(sections: Sequence[str], models: Sequence[str]) -> set[str]:
+    """Return the parts that are run."""
+    wanted = set(sections) or set(PARTS)
+    if models and "models" not in wanted:
+        raise click.UsageError("--model belongs to the models: add --only models")
+    return wanted
+
+
+def _configs(models: Sequence[str]) -> tuple[ModelConfig, ...]:
+    return tuple(options.find_model(name).config for name in models)
+
+
+def _finish(found: AnyBench, output: Path | None, as_json: bool) -> None:
+    """Write the record if one is wanted, and print what was found."""
     if output:
-        from quantkit.records import new_record, write_record
-
-        write_record(output, new_record("bench", body))
+        _write(output, found)
         remarks.remark(f"record: {output}")
-    click.echo(json.dumps(body, indent=1)) if as_json else page.show(_text(found))
+    click.echo(json.dumps(asdict(found), indent=1)) if as_json else page.show(_text(found))
 
 
-def _text(found: Bench) -> str:
-    from quantkit.bench import tables
+def _write(output: Path, found: AnyBench) -> None:
+    from quantkit.records import new_record, write_record
 
-    parts = [page.Facts(tables.machine(found)).text(indent="")]
-    if found.cells:
-        parts += [f"{tables.about_kernels(found)}\n\n{page.table(*tables.kernels(found))}"]
-        parts += [f"Share of the read bandwidth at one row\n\n{page.table(*tables.shares(found))}"]
-    if found.models:
-        parts += [f"{tables.about_models(found)}\n\n{page.table(*tables.models(found))}"]
-    return "\n\n".join([*parts, tables.QUICK] if found.quick else parts)
+    write_record(output, new_record("bench", asdict(found)))
+
+
+def _text(found: AnyBench) -> str:
+    from quantkit.bench import sections
+
+    tables = [*sections.kernels(found), *sections.models(found)]
+    return "\n\n".join(
+        [
+            page.Facts(sections.facts(found)).text(indent=""),
+            *(f"{about}\n\n{page.table(*table)}" for about, table in tables),
+            *sections.warnings(found),
+        ]
+    )

@@ -30,8 +30,8 @@ CEILING = (
     "a ceiling, not a prediction"
 )
 TIGHT_MEANS = (
-    f"fits, but by less than {ERROR_BAND:.0%} of the need: the error that estimates are held to, "
-    "a target not yet measured"
+    f"fits, but by less than {ERROR_BAND:.0%} of the need: the error that estimates are held to "
+    "(on an H200, the one GPU measured, it was at most 1.1%)"
 )
 _STATUSES = ("assumed", "published", "measured")  # the weakest first
 
@@ -130,7 +130,7 @@ class Machine:
         if self.gpu:
             from quantkit.calibration import calibrated
 
-            base = calibrated(self.gpu.name) or base
+            base = calibrated(self.gpu.name, base)
         return replace(base, attention=attention, expandable_segments=self.expandable_segments)
 
 

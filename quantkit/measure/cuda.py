@@ -132,12 +132,12 @@ def measure(
 
 
 def platform(device: Mapping[str, Any]) -> Platform:
-    """Return what is known of a device that measured: calibrated here, published, or assumed."""
+    """Return what is known of a device that measured: by a calibration here, a record, what others say, or a guess."""
     try:
         gpu = find_gpu(device["name"])
     except ValueError:
         return platform_of(None)
-    return calibrated(gpu.name) or platform_of(gpu, device["torch"])
+    return calibrated(gpu.name, platform_of(gpu, device["torch"]))
 
 
 def verdicts(

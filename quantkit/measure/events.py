@@ -100,7 +100,7 @@ def first_difference(ours: Sequence[Event], theirs: Sequence[Event]) -> str | No
     """Return where two runs differ, in a line; None where they ask for the same.
 
     Sizes are compared as the allocator rounds them. What is released between two requests may come in
-    any order: it makes no difference to the allocator.
+    any order, and after the last one whenever recording stops: it makes no difference to the allocator.
     """
     lines = _normal(ours), _normal(theirs)
     for index, (a, b) in enumerate(zip(*lines, strict=False)):
@@ -112,7 +112,7 @@ def first_difference(ours: Sequence[Event], theirs: Sequence[Event]) -> str | No
 
 
 def _normal(events: Sequence[Event]) -> list[tuple[str, int, int]]:
-    """Return action, rounded size and the request's rank, what is released between requests sorted."""
+    """Return action, rounded size and the request's rank up to the last request, releases between two sorted."""
     ranks: dict[int, int] = {}
     lines: list[tuple[str, int, int]] = []
     released: list[tuple[str, int, int]] = []
@@ -125,4 +125,4 @@ def _normal(events: Sequence[Event]) -> list[tuple[str, int, int]]:
             lines.append(("alloc", size, ranks[event.number]))
         else:
             released.append(("free", size, ranks[event.number]))
-    return lines + sorted(released)
+    return lines

@@ -1,8 +1,8 @@
 """The real decoder on `meta` tensors, every allocation and release followed through the allocator's rules.
 
 No GPU and no memory are needed: a tensor on `meta` has a size and a lifetime, and the code that makes and
-drops it is the code that runs on a GPU. What kernels take inside themselves (cuBLAS's workspace aside,
-which comes from the platform) stays invisible.
+drops it is the code that runs on a GPU. What kernels take inside themselves is added: cuBLAS's workspace, and
+what FlashAttention splits its keys into.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from calculators.allocator import Block, CachingAllocator
+from calculators.flash import Call, accumulators
 from calculators.hardware import ASSUMED_PLATFORM, Platform
 from calculators.peak import chunks, prompt_tokens
 from quantkit.config import ModelConfig
@@ -32,6 +34,7 @@ from quantkit.tensor import QuantizedTensor, empty_quantized
 # integer operators with a number: results are like the first argument, and their code for `meta` is slow
 LIKE_FIRST = (torch.ops.aten.__and__.Scalar, torch.ops.aten.__rshift__.Scalar)
 MATRIX_PRODUCTS = ("aten::linear", "aten::mm", "aten::bmm", "aten::addmm", "aten::matmul")
+FLASH = "aten::_flash_attention_forward"
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,14 @@ class Tracer(TorchDispatchMode):
     """Follows storages on `meta` that are made under it.
 
     Args:
-        platform: whose allocator and workspace are modelled.
+        platform: whose allocator, workspace and multiprocessors are modelled.
     """
 
     def __init__(self, platform: Platform) -> None:
         super().__init__()
         self.allocator = CachingAllocator(platform.expandable_segments)
         self.events: list[Event] = []
-        self._workspace_bytes = platform.workspace.nbytes
+        self._workspace_bytes, self._sm_count = platform.workspace.nbytes, platform.sm_count
         self._has_workspace = False
         self._alive: dict[int, tuple[weakref.ref[Any], int, Block | None]] = {}
 
@@ -87,13 +90,30 @@ class Tracer(TorchDispatchMode):
         if _writes(func):  # takes nothing, and there are no values to write
             return kwargs["out"] if kwargs and "out" in kwargs else args[0]
         out = args[0].clone() if func in LIKE_FIRST else func(*args, **(kwargs or {}))
-        for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta":
-                self._see(leaf.untyped_storage())
+        leaves = (out,) if isinstance(out, torch.Tensor) else tree_leaves(out)
+        if func._schema.name == FLASH:
+            self._see_all(leaves[:2])  # the result and its log-sum-exp
+            parts = [self._take(nbytes) for nbytes in self._split(*args[:2])]
+            self._see_all(leaves[2:])
+            for number, block in parts:
+                self._drop(number, block)
+        else:
+            self._see_all(leaves)
         if not self._has_workspace and func._schema.name in MATRIX_PRODUCTS:
             self._has_workspace = True
             self._take(self._workspace_bytes)
         return out
+
+    def _split(self, q: torch.Tensor, keys: torch.Tensor) -> list[int]:
+        """Return the bytes of what the splits of q (B, T, n_heads, D) and keys (B, S, n_kv_heads, D) go to."""
+        batch, tokens, n_heads, head_dim = q.shape
+        call = Call(batch, tokens, keys.shape[1], n_heads, keys.shape[2], head_dim)
+        return [prod(factors) for _, factors in accumulators(call, self._sm_count)]
+
+    def _see_all(self, leaves: Sequence[Any]) -> None:
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta":
+                self._see(leaf.untyped_storage())
 
     def _see(self, storage: Any) -> None:
         key = storage._cdata
@@ -108,6 +128,9 @@ class Tracer(TorchDispatchMode):
 
     def _release(self, key: int) -> None:
         _, number, block = self._alive.pop(key)
+        self._drop(number, block)
+
+    def _drop(self, number: int, block: Block | None) -> None:
         self.events.append(Event("free", number, self.events[number].nbytes))
         self.allocator.free(block)
 

@@ -12,7 +12,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from calculators.activations import flash_runs, score_rows
+from calculators.activations import score_rows
+from calculators.flash import flash_runs
 from quantkit.errors import BackendError
 
 PATHS = ("flash", "math", "sdpa")

@@ -9,10 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from quantkit.bench.results import BF16, Bench, Layer, bf16_layers, layers
+from quantkit.bench.cuda.results import AnyBench
+from quantkit.bench.results import BF16, Bench, Layer, bf16_layers, layers, roof
 from quantkit.report.style import HALO, INK, Look, footnote, look, new_figure, styled, title_name
 
 _WIDTH, _HEIGHT = 9.0, 5.2
+_PAIRS = {  # whether the roof ran beside
+    True: " of pairs: what the machine would need at least, at the speeds of the same round,",
+    False: ": what the machine would need at least, at the speeds of the same run,",
+}
 _MARGINS = {
     "left": 0.75 / _WIDTH,
     "right": 1 - 0.2 / _WIDTH,
@@ -22,20 +27,21 @@ _MARGINS = {
 
 
 @styled
-def roofline(found: Bench) -> Figure:
-    """Draw GFLOP/s over arithmetic intensity, a line for each scheme, below what the machine can do at most.
+def roofline(found: AnyBench) -> Figure:
+    """Draw operations a second over arithmetic intensity, a line for each scheme, below what the machine can do.
 
-    Heights are each scheme's share of the roof, which is paired: were they its own GFLOP/s, a machine whose
-    bandwidth drifts would put them anywhere.
+    Heights are each scheme's share of the roof: were they its own operations a second, a machine whose bandwidth
+    drifts would put them anywhere.
     """
-    figure, axes = _axes(found, "CPU kernels below the roofline")
+    words = found.words
+    figure, axes = _axes(found, f"{words.kernels} below the roofline")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     sums = [*bf16_layers(found.cells), *layers(found.cells)]
     limits = found.limits
-    memory, peak = limits.bytes_per_s / 1e9, limits.flops_per_s / 1e9
+    memory, peak = limits.bytes_per_s / words.rates, limits.flops_per_s / words.rates
     ridge = peak / memory
-    heights = {(s.name, s.m): s.roof_share * limits.roof(s.intensity) / 1e9 for s in sums}
+    heights = {(s.name, s.m): s.roof_share * roof(limits, s.intensity) / words.rates for s in sums}
     left = 0.7 * min(layer.intensity for layer in sums)
     right = 1.6 * max(ridge, *(layer.intensity for layer in sums))
     bottom, top = 0.6 * min(heights.values()), 1.9 * max(peak, *heights.values())
@@ -43,7 +49,7 @@ def roofline(found: Bench) -> Figure:
     axes.set_ylim(bottom, top)
     axes.plot([left, ridge], [left * memory, peak], color=INK, linewidth=1.3, label="_memory")
     axes.plot([ridge, right], [peak, peak], color=INK, linewidth=1.3, label="_compute")
-    _label_roof(axes, memory, peak)
+    _label_roof(axes, memory, peak, found)
     for index, line in enumerate(_by_scheme(sums)):
         shown = _look(line[0].name, index)
         points = [layer.intensity for layer in line], [heights[layer.name, layer.m] for layer in line]
@@ -53,7 +59,7 @@ def roofline(found: Bench) -> Figure:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set_xlabel("arithmetic intensity: operations for each byte of codes and scales")
-    axes.set_ylabel("GFLOP/s")
+    axes.set_ylabel(words.rate)
     figures = [tick for tick in (1, 10, 100, 1000, 10_000) if bottom <= tick <= top]
     axes.set_yticks(figures, [f"{tick:,}" for tick in figures])
     axes.legend(loc="lower right", frameon=False)
@@ -61,29 +67,31 @@ def roofline(found: Bench) -> Figure:
     footnote(
         figure,
         f"{_small_print(found)} Marks from left to right: {rows} rows of bfloat16.\nHeights are shares of the roof, "
-        "medians of pairs: what the machine would need at least, at the speeds of the same round, beside what it took.",
+        f"medians{_PAIRS[isinstance(found, Bench)]} beside what it took.",
     )
     return figure
 
 
-def _label_roof(axes: Axes, memory: float, peak: float) -> None:
-    """Write what the lines are (GB/s, GFLOP/s), the slanted one along itself."""
+def _label_roof(axes: Axes, memory: float, peak: float, found: AnyBench) -> None:
+    """Write what the lines are, the slanted one along itself."""
+    words = found.words
     left, right = axes.get_xlim()
     axes.annotate(
-        f"torch's bfloat16 product: {peak:,.0f} GFLOP/s", (right, peak), (-4, 4), textcoords="offset points",
+        f"torch's bfloat16 product: {peak:,.0f} {words.rate}", (right, peak), (-4, 4), textcoords="offset points",
         ha="right", va="bottom", fontsize=8, color=INK,
     )  # fmt: skip
     x = left * (peak / memory / left) ** 0.45
     start, end = (axes.transData.transform((at, at * memory)) for at in (x, 1.1 * x))
     slope = math.degrees(math.atan2(end[1] - start[1], end[0] - start[0]))
     axes.annotate(
-        f"reads: {memory:.1f} GB/s", (x, x * memory), (-7, 7), textcoords="offset points", ha="center", va="center",
+        f"{words.moves}: {found.limits.bytes_per_s / 1e9:,.1f} GB/s", (x, x * memory), (-7, 7),
+        textcoords="offset points", ha="center", va="center",
         fontsize=8, color=INK, rotation=slope, path_effects=HALO,
     )  # fmt: skip
 
 
 @styled
-def speedup(found: Bench) -> Figure:
+def speedup(found: AnyBench) -> Figure:
     """Draw how many times as fast as torch in bfloat16 each scheme is, over the number of rows."""
     figure, axes = _axes(found, "Speed-up over torch in bfloat16")
     sums = layers(found.cells)
@@ -108,9 +116,8 @@ def speedup(found: Bench) -> Figure:
     return figure
 
 
-def _axes(found: Bench, title: str) -> tuple[Figure, Axes]:
-    here = found.machine
-    where = f"{here.cpu}, {here.threads} threads, {here.isa}, torch {here.torch}, quantkit {here.quantkit}"
+def _axes(found: AnyBench, title: str) -> tuple[Figure, Axes]:
+    where = found.machine.line
     subtitle = f"A quick run: its figures mean nothing. {where}" if found.quick else where
     figure = new_figure(_WIDTH, _HEIGHT, f"{title}: {title_name(found.shapes, _WIDTH)}", subtitle)
     axes = figure.subplots()
@@ -118,7 +125,7 @@ def _axes(found: Bench, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _small_print(found: Bench) -> str:
+def _small_print(found: AnyBench) -> str:
     names = ", ".join(f"{c.matrix} {c.n:,} x {c.k:,}" for c in {c.matrix: c for c in found.cells}.values())
     away = "" if found.quick else "; weights come from memory, not from a cache"
     return f"All matrices of one layer: {names}{away}."

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from quantkit.bench.cuda.results import AnyBench
 from quantkit.bench.results import BF16, OURS, Bench, Cell, Limits, Machine, ModelRun, Peer, Reader
+from quantkit.report.cuda_bench_run import read_cuda_bench
 from quantkit.report.fields import Fields
 
 
-def read_bench(body: Fields) -> Bench:
+def read_bench(body: Fields) -> AnyBench:
     """Return the benchmark in a record's body.
 
     Raises:
         RecordError: it lacks a key, or has one of a wrong type or sign.
     """
+    if body.value.get("device") == "cuda":
+        return read_cuda_bench(body, _cell)
     machine, limits = body.fields("machine"), body.fields("limits")
     texts = {name: machine.text(name) for name in ("cpu", "isa", "torch", "quantkit")}
     counts = {

@@ -87,7 +87,9 @@ def _said(run: MeasureRun, quantity: str) -> str:
     for held_out, name in ((False, "powers of two"), (True, "held out")):
         cells = [cell for cell in run.cells if cell.held_out == held_out]
         found = errors(quantity, [(cell.measured[quantity], cell.estimated[quantity]) for cell in cells])
-        if found:
+        if found and found.largest == 0:
+            lines.append(f"{name}: equal to the byte in all {found.cells}")
+        elif found:
             lines.append(f"{name}: {found.mean_absolute:.2%} mean, {found.largest:+.2%} most")
             lines.append(f"    {found.mean_signed:+.2%} signed, {found.missed} of {found.cells} miss the bar")
     return "\n".join(lines)
@@ -150,7 +152,9 @@ def _map(axes: Axes, cells: Sequence[MeasuredCell], quantity: str, norm: TwoSlop
         for x, error in enumerate(row):
             if not math.isnan(error):
                 color = "white" if abs(error) > 0.6 * float(norm.vmax or 1) else INK
-                axes.text(x, y, f"{100 * error:+.2f}%", ha="center", va="center", fontsize=7, color=color)
+                axes.text(
+                    x, y, f"{error:+.2%}" if error else "0", ha="center", va="center", fontsize=7, color=color
+                )
     names = [format_tokens(context) + ("*" if context & (context - 1) else "") for context in contexts]
     axes.set_xticks(range(len(contexts)), names, fontsize=7.5)
     axes.set_yticks(range(len(schemes)), schemes, fontsize=8)

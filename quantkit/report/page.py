@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from calculators.units import GIB, format_bytes
-from quantkit.bench import tables as bench_tables
+from quantkit.bench import sections
+from quantkit.bench.results import whole_layers
 from quantkit.errors import OutputError
 from quantkit.records import write_bytes, write_text
 from quantkit.report import tables
 from quantkit.report.bench_charts import roofline, speedup
+from quantkit.report.decode_chart import decodings
 from quantkit.report.measured_charts import error_map, predicted_against_measured
 from quantkit.report.memory_charts import memory_panels, memory_totals
 from quantkit.report.perplexity_chart import perplexity_by_size
@@ -162,7 +164,11 @@ def _measured(run: MeasureRun, stem: str) -> tuple[Files, str]:
         tables.errors_markdown(run),
         f"![Estimated against {kind.lower()}, a panel for each quantity: {name}]({scatter})\n",
     ]
-    for quantity in run.quantities:
+    exact = [quantity for quantity in run.quantities if all(cell.exact(quantity) for cell in run.cells)]
+    if exact:
+        titles = ", ".join(quantity.removesuffix("_bytes") for quantity in exact)
+        section.append(f"Estimated to the byte in every cell: {titles}.\n")
+    for quantity in (quantity for quantity in run.quantities if quantity not in exact):
         title = quantity.removesuffix("_bytes")
         files[f"{stem}-error-{title}.png"] = png(error_map(run, quantity))
         section.append(f"![Error over precision and context, {title}: {name}]({stem}-error-{title}.png)\n")
@@ -181,25 +187,28 @@ def _bench(run: BenchRun, stem: str) -> tuple[Files, str]:
     """Return the files and the page's section of a benchmark."""
     found, name = run.bench, _inline(display_name(run.model))
     files: Files = {}
-    section = [f"## Speed: {name}\n", _facts(dict(bench_tables.machine(found)))]
-    if found.quick:
-        section.append(f"{bench_tables.QUICK}\n")
-    if found.cells:
+    section = [f"## Speed: {name}\n", _facts(dict(sections.facts(found)))]
+    section += [f"{line}\n" for line in sections.warnings(found)]
+    if whole_layers(found.cells):
         files[f"{stem}-roofline.png"] = png(roofline(found))
         files[f"{stem}-speedup.png"] = png(speedup(found))
-        files[f"{stem}.csv"] = tables.csv(tables.kernels(run))
         section += [
-            f"![GFLOP/s over arithmetic intensity, a line for each scheme: {name}]({stem}-roofline.png)\n",
+            f"![{found.words.rate} over arithmetic intensity, a line for each scheme: {name}]({stem}-roofline.png)\n",
             f"![Speed-up over torch in bfloat16 by rows, a line for each scheme: {name}]({stem}-speedup.png)\n",
-            "Share of the read bandwidth at one row:\n",
-            tables.markdown(*bench_tables.shares(found)),
-            f"{bench_tables.about_kernels(found)}:\n",
-            tables.markdown(*bench_tables.kernels(found)),
-            f"Every matrix: [{stem}.csv]({stem}.csv), in seconds.\n",
         ]
-    if found.models:
-        section += [f"{bench_tables.about_models(found)}:\n", tables.markdown(*bench_tables.models(found))]
-    return files, "\n".join(section)
+    section += _sections(sections.kernels(found))
+    if found.cells:
+        files[f"{stem}.csv"] = tables.csv(tables.kernels(run))
+        section.append(f"Every matrix: [{stem}.csv]({stem}.csv), in seconds.\n")
+    for number, (model, figure) in enumerate(decodings(found).items(), 1):
+        chart = f"{stem}-decode{f'-{number}' if number > 1 else ''}.png"
+        files[chart] = png(figure)
+        section.append(f"![Tokens/s over the context, a line for each scheme: {_inline(model)}]({chart})\n")
+    return files, "\n".join(section + _sections(sections.models(found)))
+
+
+def _sections(titled: Sequence[sections.Section]) -> list[str]:
+    return [line for about, table in titled for line in (f"{about}:\n", tables.markdown(*table))]
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from quantkit.bench.results import Bench
+from quantkit.bench.cuda.results import AnyBench
 from quantkit.errors import RecordError
 from quantkit.records import read_record
 from quantkit.report.bench_run import read_bench
@@ -163,6 +163,10 @@ class MeasuredCell:
     measured: Mapping[str, int]
     estimated: Mapping[str, int]
 
+    def exact(self, quantity: str) -> bool:
+        """Whether the estimate of a quantity is what was measured, to the byte."""
+        return self.measured[quantity] == self.estimated[quantity]
+
 
 @dataclass(frozen=True)
 class MeasureRun:
@@ -199,7 +203,7 @@ class BenchRun:
     """A record of kind `bench`."""
 
     source: Source
-    bench: Bench
+    bench: AnyBench
 
     @property
     def model(self) -> str:

@@ -11,6 +11,8 @@ from operator import attrgetter
 import pandas as pd
 
 from calculators.units import format_bytes, format_gib, format_tokens
+from quantkit.bench.cuda.results import CudaBench
+from quantkit.bench.results import BF16
 from quantkit.report.errors import BARS, errors
 from quantkit.report.runs import (
     COMPONENTS,
@@ -113,7 +115,10 @@ def measured(run: MeasureRun) -> pd.DataFrame:
 
 
 def kernels(run: BenchRun) -> pd.DataFrame:
-    """Return one row a scheme, matrix, number of rows and contender: its median seconds, and the speed-up over it."""
+    """Return one row a scheme, matrix, number of rows and contender: its median seconds, and the speed-up over it.
+
+    A GPU's have the share of its copy bandwidth, too: weights that a contender reads over what a copy moves meanwhile.
+    """
     names = ["scheme", "matrix", "n", "k", "m", "weight_bytes", "rounds"]
     rows = [
         [
@@ -126,7 +131,12 @@ def kernels(run: BenchRun) -> pd.DataFrame:
         for cell in run.bench.cells
         for contender, taken in cell.seconds.items()
     ]
-    return pd.DataFrame(rows, columns=[*names, "contender", "seconds", "speedup", "roof_share"])
+    frame = pd.DataFrame(rows, columns=[*names, "contender", "seconds", "speedup", "roof_share"])
+    if isinstance(run.bench, CudaBench):
+        plain = frame["contender"] == BF16
+        read = frame["weight_bytes"].where(~plain, 2 * frame["n"] * frame["k"])
+        frame["bandwidth_share"] = read / frame["seconds"] / run.bench.limits.bytes_per_s
+    return frame
 
 
 def errors_markdown(run: MeasureRun) -> str:
@@ -143,7 +153,7 @@ def errors_markdown(run: MeasureRun) -> str:
             found = errors(quantity, pairs)
             if found:
                 shares = (found.mean_absolute, found.largest, found.mean_signed)
-                mean, largest, signed = (f"{share:+.3%}" for share in shares)
+                mean, largest, signed = (f"{share:+.3%}" if share else "0" for share in shares)
                 bar = f"{BARS[quantity]:.0%}" + (" or 16 MiB" if quantity == "other_bytes" else "")
                 title = quantity.removesuffix("_bytes")
                 rows.append(

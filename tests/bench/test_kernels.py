@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from quantkit.bench import machine
-from quantkit.bench.kernels import SCHEMES, contenders, measure
+from quantkit.bench.kernels import contenders, measure
 from quantkit.bench.random_weights import STD, random_quantized
+from quantkit.bench.shapes import SCHEMES
 from quantkit.bench.timing import Effort
 from quantkit.config import ModelConfig
 from quantkit.errors import BackendError

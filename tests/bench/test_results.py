@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quantkit.bench.results import Cell, Limits, Reader, bf16_layers, layers
+from quantkit.bench.results import Cell, Limits, Reader, bf16_layers, layers, roof
 from quantkit.bench.timing import Effort, alternate, paired
 
 
@@ -15,7 +15,12 @@ def cell(matrix: str, ours: float, torch: float, m: int = 1, scheme: str = "int8
 
 
 def test_a_layer_is_the_sum_of_its_matrices() -> None:
-    cells = [cell("o", 1.0, 2.0), cell("down", 3.0, 3.0), cell("o", 4.0, 4.0, m=2)]
+    cells = [
+        cell("o", 1.0, 2.0),
+        cell("down", 3.0, 3.0),
+        cell("o", 4.0, 4.0, m=2),
+        cell("down", 1.0, 4.0, m=2),
+    ]
     one, two = layers(cells)
     assert (one.name, one.m, two.m) == ("int8", 1, 2)
     assert (one.seconds, one.flops, one.weight_bytes) == (4.0, 2 * 400, 420)
@@ -32,9 +37,15 @@ def test_torch_is_taken_from_beside_the_first_scheme() -> None:
     assert (found.roof_share, found.speedups) == (0.5, {})
 
 
+def test_a_layer_that_lacks_a_matrix_is_no_layer() -> None:
+    cells = [cell("o", 1.0, 2.0), cell("down", 3.0, 3.0), cell("o", 4.0, 4.0, m=2)]
+    assert [layer.m for layer in layers(cells)] == [layer.m for layer in bf16_layers(cells)] == [1]
+    assert bf16_layers([]) == []
+
+
 def test_the_roof_is_the_lower_of_two_lines() -> None:
     limits = Limits((Reader("plain", "4K", 10.0), Reader("plain", "huge", 9.0)), 80.0)
-    assert [limits.roof(intensity) for intensity in (1.0, 8.0, 9.0)] == [10.0, 80.0, 80.0]
+    assert [roof(limits, intensity) for intensity in (1.0, 8.0, 9.0)] == [10.0, 80.0, 80.0]
 
 
 def test_a_pair_is_one_round() -> None:

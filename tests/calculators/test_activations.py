@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from calculators.activations import flash_runs
 from calculators.caching import piece_tokens
 from calculators.kv_cache import KVLayout
 from calculators.linear import piece_rows
@@ -26,7 +25,7 @@ def model(packing: Packing = Packing(16), layers: int = 2, **fields: object) -> 
     layer = Layer(q=square, k=narrow, v=narrow, o=square, gate=up, up=up, down=down)
     made = Model(
         hidden=4096, ffn=14336, n_heads=32, n_kv_heads=8, head_dim=128, vocab=32000, element_bytes=2,
-        layers=(layer,) * layers, head=Matrix(32000, 4096, Packing(16)),
+        layers=(layer,) * layers, head=Matrix(32000, 4096, Packing(16)), attention="flash", sm_count=132,
     )  # fmt: skip
     return replace(made, **fields)
 
@@ -129,13 +128,6 @@ def test_chunks_cover_the_prompt() -> None:
     assert chunks(8, 4) == [(4, 0), (4, 4)]
     assert chunks(3, 4) == [(3, 0)]
     assert chunks(1000, 100, sampled=True) == [(100, 0), (100, 100), (100, 900)]
-
-
-def test_what_flash_attention_takes() -> None:
-    assert flash_runs(2, 128)
-    assert not flash_runs(4, 128)
-    assert not flash_runs(2, 20)
-    assert not flash_runs(2, 512)
 
 
 def test_pieces_are_never_empty() -> None:

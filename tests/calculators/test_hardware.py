@@ -7,6 +7,7 @@ import pytest
 from calculators.fit import smallest_card, verdict
 from calculators.hardware import ASSUMED_PLATFORM, GPUS, find_gpu, platform_of
 from calculators.units import GIB, MIB
+from tests.paths import ROOT
 
 FAMILIES = {"volta": 7, "turing": 7, "ampere": 8, "ada": 8, "hopper": 9}
 SMALL, LARGE = 8_519_680, 33_554_432
@@ -16,9 +17,19 @@ def test_a_card_has_less_than_it_is_sold_with_and_says_who_saw_it() -> None:
     for gpu in GPUS:
         assert 0.9 * gpu.sold_gb * GIB < gpu.usable_bytes < gpu.sold_gb * GIB, gpu.name
         assert gpu.usable_is in ("cuda", "nvidia-smi")
-        assert gpu.usable_source.startswith("https://")
+        assert gpu.usable_source.startswith("https://") or (ROOT / gpu.usable_source).is_file()
     assert len({gpu.name for gpu in GPUS}) == len(GPUS)
     assert list(GPUS) == sorted(GPUS, key=lambda gpu: gpu.sold_gb)
+
+
+@pytest.mark.parametrize(
+    ("name", "cores"),
+    [("T4", 2560), ("A100 80GB", 6912), ("RTX 4090", 16384), ("H100 80GB", 16896), ("L4", 7424)],
+)
+def test_a_multiprocessor_has_so_many_cores_as_its_architecture_gives_it(name: str, cores: int) -> None:
+    gpu = find_gpu(name)
+    assert gpu.sm_count * (64 if gpu.capability in ((7, 0), (7, 5), (8, 0)) else 128) == cores
+    assert platform_of(gpu).sm_count == gpu.sm_count
 
 
 def test_a_card_has_a_bandwidth_that_somebody_published() -> None:
@@ -124,12 +135,13 @@ def test_no_card_gives_what_is_assumed() -> None:
     [
         ("RTX 3090", 256 * MIB, "published"),
         ("RTX 4090", 426 * MIB, "published"),
-        ("H200", round(0.61 * GIB), "published"),
+        ("H100 80GB", round(0.61 * GIB), "published"),
+        ("H200", 710_934_528, "measured"),
         ("A100 80GB", 414 * MIB, "assumed"),
         ("B200", round(0.7 * GIB), "assumed"),
     ],
 )
-def test_a_context_is_the_capabilitys(name: str, context: int, status: str) -> None:
+def test_a_context_is_the_cards_or_its_capabilitys(name: str, context: int, status: str) -> None:
     found = platform_of(find_gpu(name)).context
     assert (found.nbytes, found.status) == (context, status)
 

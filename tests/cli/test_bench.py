@@ -1,4 +1,4 @@
-"""`quantkit bench cpu`: a quick run makes a record that reports read; bad input is one line."""
+"""`quantkit bench`: a quick run makes a record that reports read; bad input is one line."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+from quantkit.bench.cuda.models import Grid
+from quantkit.bench.cuda.results import CudaBench
+from quantkit.bench.results import Bench
+from quantkit.bench.shapes import QUICK_MODEL
 from quantkit.cli.main import cli, explain
 from quantkit.errors import QuantkitError
 from quantkit.kernels import native
+from quantkit.presets import PRESETS
 from quantkit.report.runs import BenchRun, read_run
+from tests.bench.cuda.stand_in import TINY, StandIn
 
 needs_extension = pytest.mark.skipif(native.extension() is None, reason="the extension is not built")
 
@@ -29,6 +36,7 @@ def test_a_quick_run_makes_a_record(tmp_path: Path) -> None:
     run = read_run(path)
     assert isinstance(run, BenchRun)
     found = run.bench
+    assert isinstance(found, Bench)
     assert found.quick
     assert found.limits.bytes_per_s > 0
     assert found.limits.flops_per_s > 0
@@ -76,6 +84,58 @@ def test_no_extension_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(cli, ["bench", "cpu", "--quick"])
     assert isinstance(result.exception, QuantkitError)
     assert "install quantkit where there is a C++ compiler" in str(result.exception)
+
+
+def test_a_quick_run_on_a_stand_in_makes_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantkit.bench.cuda.device.Cuda", StandIn)
+    monkeypatch.setattr("quantkit.bench.cuda.run.QUICK_GRID", Grid((16,), (1, 2), (24,), 3))
+    monkeypatch.setitem(PRESETS, QUICK_MODEL, TINY)
+    path = tmp_path / "bench.json"
+    result = CliRunner().invoke(cli, ["bench", "cuda", "--quick", "--scheme", "nf4", "-o", str(path)])
+    assert result.exit_code == 0, result.output
+    for said in (
+        "Share of the copy bandwidth",
+        "x dequantize + cuBLAS",
+        "tokens/s",
+        "its figures mean nothing",
+    ):
+        assert said in result.stdout
+    run = read_run(path)
+    assert isinstance(run, BenchRun)
+    assert isinstance(run.bench, CudaBench)
+    assert run.bench.finished
+    result = CliRunner().invoke(cli, ["bench", "cuda", "--quick", "--only", "machine", "--json"])
+    assert json.loads(result.stdout)["limits"]["bytes_per_s"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is visible to PyTorch")
+def test_a_quick_run_on_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    result = CliRunner().invoke(cli, ["bench", "cuda", "--quick", "-o", str(path)])
+    assert result.exit_code == 0, result.output
+    run = read_run(path)
+    assert isinstance(run, BenchRun)
+    assert isinstance(run.bench, CudaBench)
+    assert run.bench.finished
+    assert len(run.bench.cells) == 4 * 4 * 2
+    assert len(run.bench.prefills) == 5
+    assert len(run.bench.decodes) == 5 * 2 + 2
+    assert all(repeat.equal == repeat.runs for repeat in run.bench.repeats)
+    for cell in run.bench.cells:
+        assert {"quantkit", "torch bf16", "dequantize + cuBLAS"} <= set(cell.seconds)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is visible to PyTorch")
+def test_no_gpu_is_one_line() -> None:
+    result = CliRunner().invoke(cli, ["bench", "cuda", "--quick"])
+    assert isinstance(result.exception, QuantkitError)
+    assert "cannot run on cuda:0: no CUDA GPU is visible to PyTorch" in (explain(result.exception) or "")
+
+
+def test_models_that_are_not_run_are_wrong_usage() -> None:
+    arguments = ["bench", "cuda", "--only", "kernels", "--model", "smollm2-135m"]
+    assert CliRunner().invoke(cli, arguments).exit_code == 2
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,8 @@ import torch
 from quantkit.errors import BackendError
 from quantkit.kernels import ops, reference
 from quantkit.kernels import triton as kernels
-from quantkit.kernels.triton import nf4_ptx
-from quantkit.kernels.triton.layout import tile_cols
+from quantkit.kernels.triton import unpack_ptx
+from quantkit.kernels.triton.layout import place, tile_cols
 from quantkit.quantize import quantize
 from quantkit.quantize.nf4 import NF4_CODEBOOK
 from quantkit.quantize.packing import unpack_zeros
@@ -70,9 +72,12 @@ def test_every_code_lies_where_the_drawing_says(scheme: QuantScheme, shape: tupl
     packed = kernels.pack([weight])
     tiles, (rows, cols), bits = packed.tiles, shape, scheme.bits
     n, k = torch.arange(rows)[:, None], torch.arange(cols)[None, :]
-    words = tiles.codes[k // tile_cols(bits), n, k % 16].long()
-    codes = words >> (k % tile_cols(bits) // 16 * bits) & (2**bits - 1)
-    if scheme.method == "nf4":
+    in_tile = k % tile_cols(bits)
+    i, half = in_tile // 32, in_tile % 32
+    nf4 = scheme.method == "nf4"
+    at = 4 * (i // 2) + 2 * (i % 2) + half % 2 if nf4 else half % 2 * (16 // bits) + i
+    codes = tiles.codes[k // tile_cols(bits), n, half // 2].long() >> at * bits & (2**bits - 1)
+    if nf4:
         found = torch.tensor(NF4_CODEBOOK)[codes]
         ones = torch.ones(weight.scales.shape)  # an absmax of 1
         plain = QuantizedTensor(SCHEMES["nf4"], shape, weight.codes, ones)
@@ -128,6 +133,53 @@ def test_on_a_cpu_the_operator_says_what_it_needs() -> None:
         ops.linear(torch.randn(1, 64), packed)
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+class TestSharedMemory:
+    """What a kernel with a table of its own must ask of CUDA; the driver is pretended."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int | None, int, int]]:
+        from quantkit.kernels.triton import launch
+
+        calls: list[tuple[int | None, int, int]] = []
+
+        class Driver:
+            def __init__(self, name: str) -> None:
+                assert name == "libcuda.so.1"
+
+            def cuFuncSetAttribute(self, function: Any, attribute: int, value: int) -> int:
+                calls.append((function.value, attribute, value))
+                return int(function.value == 13)
+
+        monkeypatch.setattr(launch, "_GRANTED", set())
+        monkeypatch.setattr(launch.ctypes, "CDLL", Driver)
+        return calls
+
+    @staticmethod
+    def compiled(function: int, shared: int) -> Any:
+        return SimpleNamespace(metadata=SimpleNamespace(shared=shared), run=None, function=function)
+
+    def test_it_asks_once_for_each_kernel(self, asked: list[tuple[int | None, int, int]]) -> None:
+        from quantkit.kernels.triton import launch
+
+        for function in (7, 7, 8):
+            launch._grant_shared(self.compiled(function, 20_992))
+        assert asked == [(7, 8, 20_992), (8, 8, 20_992)]
+
+    def test_it_leaves_alone_what_triton_asks_for(self, asked: list[tuple[int | None, int, int]]) -> None:
+        from quantkit.kernels.triton import launch
+
+        launch._grant_shared(self.compiled(7, launch.UNASKED_SHARED + 1))
+        assert not asked
+
+    @pytest.mark.usefixtures("asked")
+    def test_a_refusal_is_said(self) -> None:
+        from quantkit.kernels.triton import launch
+
+        with pytest.raises(BackendError, match="CUDA grants no 20,992 bytes of shared memory"):
+            launch._grant_shared(self.compiled(13, 20_992))
+
+
 class TestChoice:
     """Of a backend; the GPU is pretended."""
 
@@ -175,54 +227,108 @@ class TestChoice:
 
 
 class TestPtx:
-    """The instructions that unpack NF4, followed one by one: what the interpreter cannot run."""
+    """The instructions that unpack codes, followed one by one: what the interpreter cannot run."""
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_every_code_at_every_place(self, dtype: torch.dtype) -> None:
-        bits = [value & 0xFFFF for value in torch.tensor(NF4_CODEBOOK).to(dtype).view(torch.int16).tolist()]
-        codes = torch.randint(0, 16, (64, 2, 8), generator=torch.Generator().manual_seed(0)).tolist()
-        codes += [[[code] * 8, [15 - code] * 8] for code in range(16)]
-        for pair in codes:
-            words = [sum(code << (4 * place) for place, code in enumerate(word)) for word in pair]
-            found = follow(nf4_ptx.unpack(dtype), words)
-            assert found == [bits[pair[0][place]] | bits[pair[1][place]] << 16 for place in range(8)]
+    @pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
+    def test_every_code_at_every_place(self, kind: str, dtype: torch.dtype) -> None:
+        bits, nf4 = 8 if kind == "int8" else 4, kind == "nf4"
+        per, codebook = 16 // bits, torch.tensor(NF4_CODEBOOK).to(dtype)
+        machine = Machine(codebook.float().tolist(), lane=5)
+        if nf4:
+            for thread in range(64):
+                machine.run(unpack_ptx.nf4_table(dtype), [1 << 40], thread)
+            assert len(machine.shared) == 256 * 32, "not all of the table is written"
+        program = unpack_ptx.nf4() if nf4 else unpack_ptx.integers(bits, dtype)
+        expected = codebook if nf4 else (torch.arange(2.0**bits) - 2 ** (bits - 1)).to(dtype)
+        codes = torch.arange(2**bits).repeat(2 * per, 1)  # each code everywhere, beside others
+        codes = torch.stack([row.roll(3 * at) for at, row in enumerate(codes)], dim=1).view(-1, 2, per)
+        for pair in codes.tolist():
+            places = [(pair[side][i], place(bits, nf4, i, side)) for side in range(2) for i in range(per)]
+            found = machine.run(program, [*range(per), sum(code << bits * at for code, at in places)])[:per]
+            halves = torch.tensor([[value & 0xFFFF, value >> 16] for value in found]).to(torch.uint16)
+            assert torch.equal(halves.view(dtype).T, expected[torch.tensor(pair)])
 
     def test_constraints_are_of_the_operands(self) -> None:
-        operands = set(re.findall(r"\$\d+", nf4_ptx.unpack(torch.bfloat16)))
-        assert operands == {f"${i}" for i in range(len(nf4_ptx.CONSTRAINTS.split(",")))}
+        for bits, program in ((8, unpack_ptx.integers(8, torch.bfloat16)), (4, unpack_ptx.nf4())):
+            operands = set(re.findall(r"\$\d+", program))
+            assert operands == {f"${i}" for i in range(len(unpack_ptx.CONSTRAINTS[bits].split(",")))}
 
 
-def follow(program: str, words: list[int]) -> list[int]:
-    """Return what $0 to $7 hold after a program of the five instructions below, which gets words in $8 and $9."""
-    held = {"$8": words[0], "$9": words[1]}
+class Machine:
+    """Follows the instructions that `unpack_ptx` uses, one thread at a time.
 
-    def value(operand: str) -> int:
-        return held[operand] if operand in held else int(operand, 0)
+    Args:
+        codebook: 16 values in global memory, from 2**40 on.
+        lane: of every thread.
+    """
 
-    for line in program.strip("{}").split(";"):
-        instruction, *operands = line.replace(",", " ").split() or [".reg"]
-        if instruction == ".reg":
-            continue
-        into, (first, second, *rest) = operands[0], [value(operand) for operand in operands[1:]]
-        if instruction == "shr.u32":
-            held[into] = first >> second
-        elif instruction == "and.b32":
-            held[into] = first & second
-        elif instruction == "or.b32":
-            held[into] = first | second
+    TABLE = 1024  # where the shared variable lies
+
+    def __init__(self, codebook: list[float], lane: int) -> None:
+        self.codebook, self.lane, self.shared = codebook, lane, dict[int, int]()
+
+    def run(self, program: str, operands: list[int], thread: int = 0) -> list[int]:
+        """Return what $0, $1, ... hold after a program; `operands` are what its last ones hold before."""
+        count = len(set(re.findall(r"\$\d+", program)))
+        held: dict[str, int] = {
+            f"${count - len(operands) + at}": value for at, value in enumerate(operands)
+        } | {"%tid.x": thread, "%ntid.x": 64, "%laneid": self.lane, "quantkit_nf4_table": self.TABLE}
+        for line in re.sub(r"[{}]\n|\n}", "", program).split(";"):
+            words = line.replace(",", " ").split()
+            if not words or words[0] in (".reg", ".shared", "bar.sync"):
+                continue
+            if words[0].startswith("@") and not held[words.pop(0)[1:]]:
+                continue
+            self._step(words[0], words[1:], held)
+        return [held[f"${at}"] for at in range(count)]
+
+    def _step(self, instruction: str, operands: list[str], held: dict[str, int]) -> None:
+        def value(operand: str) -> int:
+            operand = operand.strip("[]{}")
+            return held[operand] if operand in held else int(operand, 0)
+
+        name, *kind = instruction.split(".")
+        if name == "st":
+            for at, word in enumerate(operands[1:]):
+                address = value(operands[0]) + 4 * at - self.TABLE
+                assert address not in self.shared or self.shared[address] == value(word)
+                self.shared[address] = value(word)
+            return
+        into, (first, *rest) = operands[0], [value(operand) for operand in operands[1:]]
+        if name == "ld":
+            shared = "shared" in kind
+            held[into] = self.shared[first - self.TABLE] if shared else (first - (1 << 40)) // 4
+        elif name == "cvt":  # `ld` gave the codes, whose values meet here
+            dtype = torch.bfloat16 if "bf16x2" in kind else torch.float16
+            pair = torch.tensor([self.codebook[rest[0]], self.codebook[first]]).to(dtype).view(torch.uint16)
+            held[into] = int(pair[0]) | int(pair[1]) << 16
+        elif name == "fma":
+            held[into] = multiply_add(first, *rest, "bf16x2" in kind)
+        elif name == "lop3":
+            held[into] = logic(first, *rest)
         else:
-            assert instruction == "prmt.b32"
-            held[into] = permute(first, second, rest[0])
-    return [held[f"${i}"] for i in range(8)]
+            held[into] = {
+                "mov": lambda: first,
+                "shr": lambda: first >> rest[0],
+                "shl": lambda: first << rest[0] & 0xFFFFFFFF,
+                "and": lambda: first & rest[0],
+                "add": lambda: first + rest[0],
+                "mad": lambda: first * rest[0] + rest[1],
+                "setp": lambda: int(first < rest[0]),
+            }[name]()
 
 
-def permute(a: int, b: int, selection: int) -> int:
-    """PTX ISA, `prmt`: each nibble of the selection picks a byte of {b, a}; its high bit copies the sign instead."""
-    source, result = a | b << 32, 0
-    for place in range(4):
-        nibble = selection >> (4 * place) & 15
-        byte = source >> (8 * (nibble & 7)) & 0xFF
-        if nibble & 8:
-            byte = 0xFF if byte & 0x80 else 0
-        result |= byte << (8 * place)
-    return result
+def logic(a: int, b: int, c: int, table: int) -> int:
+    """PTX ISA, `lop3`: bit 4 a + 2 b + c of the table is the result for the bits a, b, c of the operands."""
+    return sum((table >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1) << i for i in range(32))
+
+
+def multiply_add(a: int, b: int, c: int, bf16: bool) -> int:
+    """PTX ISA, `fma` of two 16-bit values in a register, rounded once."""
+    dtype = torch.bfloat16 if bf16 else torch.float16
+    x, y, z = (
+        torch.tensor([each & 0xFFFF, each >> 16]).to(torch.uint16).view(dtype).double() for each in (a, b, c)
+    )
+    low, high = (x * y + z).to(dtype).view(torch.uint16).tolist()
+    return int(low | high << 16)

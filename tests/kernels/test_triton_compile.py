@@ -62,9 +62,10 @@ def cases(
 ) -> Iterator[Any]:
     """Yield kernel, capability, scheme, shape and rows of x for every launch of these."""
     for capability, scheme, shape in itertools.product(capabilities, schemes, shapes):
-        limits = [batch.limit for batch in FAMILIES[capability].batches]
+        kind = tiles(empty_quantized((8, 128), SCHEMES[scheme], torch.bfloat16, "cpu")).kind
+        limits = [batch.limit for batch in FAMILIES[capability].batches.get(kind, ())]
         rows = [("vector_kernel", 1), ("dequantize_kernel", 65)]
-        rows += [("batch_kernel", count) for count in ([16, *limits] if limits else [])]
+        rows += [("batch_kernel", count) for count in (sorted({16, *limits}) if limits else [])]
         for kernel, count in rows:
             name = f"sm_{capability}-{scheme}-{shape[0]}x{shape[1]}-{kernel}-{count}"
             yield pytest.param(kernel, capability, scheme, shape, count, id=name)
@@ -114,10 +115,11 @@ def check(
     assert found.usage["STACK"] == found.usage["LOCAL"] == 0, "registers spill"
     assert not found.count("STL")
     assert not found.count("LDL")
-    assert found.shared_bytes <= SHARED_BYTES[capability]
+    static = found.usage["SHARED"]
+    assert found.shared_bytes + static <= SHARED_BYTES[capability]
     if kernel == "batch_kernel":
         assert found.count("LDGSTS.E.BYPASS.128") >= 1, "the codes are not copied 16 bytes at a time"
-        assert found.count("HGMMA" if capability == 90 else "HMMA") >= 1
+        assert found.count("HGMMA") + found.count("HMMA") >= 1
         through_shared = r"convert_layout .*x(bf16|f16), #blocked\d*> -> tensor<.*dot_op"
         assert not re.search(through_shared, found.layouts), (
             "weights are not unpacked where they are multiplied"
@@ -125,7 +127,7 @@ def check(
     else:
         threads = 32 * found.constants["num_warps"]
         wide = found.constants["BLOCK_N"] * 64 // (16 * threads) * found.constants.get("UNROLL", 1)
-        assert found.count("LDG.E.128") == wide, "the codes are not loaded 16 bytes at a time"
+        assert found.count("LDG.E.128") >= wide, "the codes are not loaded 16 bytes at a time"
     if kernel == "vector_kernel":  # the sum over a row's threads alone leaves the registers
         assert found.count("BAR") <= 1
         assert "convert_layout" not in found.layouts.partition("tt.reduce")[0]
@@ -134,8 +136,8 @@ def check(
 def test_the_second_pass_compiles_for_every_family() -> None:
     from quantkit.kernels.triton import kernels, launch
 
-    constants = launch.sum_constants(8, bias=False)
     types = {"parts": "*fp32", "bias": None, "out": "*bf16", "count": "i32", "N": "i32"}
+    constants = launch.sum_constants(8, bias=False)
     for capability in FAMILIES:
         found = build(kernels.sum_kernel, capability, types, constants, {"count": 4096, "N": 4096})
         assert found.usage["STACK"] == found.usage["LOCAL"] == 0
@@ -158,9 +160,9 @@ def compiled(kernel: str, capability: int, matrix: Tiles, rows: int, dtype: torc
     if kernel == "vector_kernel":
         constants = launch.vector_constants(matrix, chosen) | {"BIAS": False}
     elif kernel == "batch_kernel":
-        batch = chosen.batch(rows)
+        batch = chosen.batch(matrix.kind, rows)
         assert batch is not None
-        constants = launch.batch_constants(matrix, batch, chosen.programs, rows) | {"BIAS": False}
+        constants = launch.batch_constants(matrix, batch, rows) | {"BIAS": False}
     else:
         constants = launch.dequantize_constants(matrix, chosen)
     split = constants.get("SPLIT_TILES", matrix.codes.shape[0]) < matrix.codes.shape[0]

@@ -228,7 +228,9 @@ def test_the_first_difference_is_named() -> None:
         ("alloc", 0, ROUND), ("alloc", 1, 1024), ("free_requested", 1, 900), ("free_requested", 0, 1)
     )
     assert first_difference(ours, turned) is None  # sizes as they are rounded, releases in any order
-    assert first_difference(ours, ours[:3]) == "4 events here, 3 there; those they share are the same"
+    assert first_difference(ours, ours[:3]) is None  # nor whether they are recorded after the last request
+    longer = [*ours, Event("alloc", 4, 100)]
+    assert first_difference(longer, ours) == "5 events here, 2 there; those they share are the same"
     larger = [ours[0], Event("alloc", 1, 5000), *ours[2:]]
     assert first_difference(ours, larger) == "event 1: alloc of 1,024 bytes here, alloc of 5,120 bytes there"
 
@@ -313,11 +315,11 @@ def test_a_broken_calibration_is_named(content: str) -> None:
     from quantkit.calibration import calibrated, calibration_file
     from quantkit.errors import ConfigError
 
-    assert calibrated("H200") is None
+    assert calibrated("H200", ASSUMED_PLATFORM) is ASSUMED_PLATFORM
     calibration_file().parent.mkdir(parents=True)
     calibration_file().write_text(content)
     with pytest.raises(ConfigError, match=r"calibration\.json is no calibration"):
-        calibrated("H200")
+        calibrated("H200", ASSUMED_PLATFORM)
 
 
 @pytest.mark.parametrize(

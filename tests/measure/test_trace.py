@@ -88,6 +88,14 @@ def test_every_chunk_of_every_path(
     check(PRESETS[name], scheme, Workload(5000, batch, kv_bits, prefill_chunk=1024), platform, sampled=False)
 
 
+@pytest.mark.parametrize("sm_count", [24, 132, 188])
+@pytest.mark.parametrize("kv_bits", [16, 8])
+def test_chunks_that_flash_attention_splits(kv_bits: int, sm_count: int) -> None:
+    """The number of splits changes with the keys, so that a long prompt has chunks of several kinds."""
+    platform = replace(ASSUMED_PLATFORM, sm_count=sm_count)
+    check(PRESETS[MISTRAL], "bf16", Workload(4000, 1, kv_bits, prefill_chunk=64), platform, sampled=False)
+
+
 @pytest.mark.parametrize("scheme", ["bf16", "int8"])
 def test_all_layers(scheme: str) -> None:
     check(PRESETS[MISTRAL], scheme, Workload(5000), layers=None, sampled=False)

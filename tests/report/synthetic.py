@@ -143,12 +143,14 @@ BITS = {"int8": 8.004, "int4-g128": 4.125, "nf4": 4.5, "nf4-dq": 4.127}
 READS, MULTIPLIES = 42e9, 900e9  # bytes and operations a second
 
 
-def bench_cell(scheme: str, matrix: str, m: int) -> dict[str, Any]:
+def bench_cell(
+    scheme: str, matrix: str, m: int, bandwidth: float = READS, flops: float = MULTIPLIES
+) -> dict[str, Any]:
     """Return a cell that reaches 90% of what the machine could, beside a torch that reaches 80%."""
     n, k = MATRICES[matrix]
     weight_bytes = round(n * k * BITS[scheme] / 8)
-    ours = max(weight_bytes / READS, 2 * m * n * k / MULTIPLIES) / 0.9
-    torch = max(2 * n * k / READS, 2 * m * n * k / MULTIPLIES) / 0.8
+    ours = max(weight_bytes / bandwidth, 2 * m * n * k / flops) / 0.9
+    torch = max(2 * n * k / bandwidth, 2 * m * n * k / flops) / 0.8
     seconds = {"quantkit": ours, "torch bf16": torch, "reference": 3 * torch}
     if scheme.startswith("nf4"):
         seconds["bitsandbytes"] = 1.2 * ours
@@ -210,6 +212,48 @@ def bench_body(rows: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)) ->
         "cells": [bench_cell(scheme, matrix, m) for scheme in BITS for matrix in MATRICES for m in rows],
         "models": [{**model, "scheme": "int4-g128", "peer": peer}, {**model, "scheme": "nf4", "peer": None}],
     }
+
+
+COPIES, CUDA_MULTIPLIES = 4.2e12, 7.1e14
+
+
+def cuda_bench_body(rows: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)) -> dict[str, Any]:
+    """Return a GPU's benchmark with cells as `bench_cell` makes them, two decodings and a prompt in two schemes."""
+    rates = {"bandwidth": COPIES, "flops": CUDA_MULTIPLIES}
+    model = {"model": "mistral-7b-instruct-v0.2", "rounds": 3, "roof_share": 0.8}
+    decode = {
+        **model, "kv_bits": 16, "batch": 1, "context": 1024, "steps": 32, "weights_bytes": 4_123_533_312,
+        "step_bytes": 4_000_000_000, "seconds": 1.25e-3, "matrices_seconds": {"quantkit": 1e-3, "bitsandbytes": 5e-3},
+    }  # fmt: skip
+    prefill = {**model, "tokens": 2048, "flops": 30_000_000_000_000}
+    return {
+        "device": "cuda",
+        "quick": False,
+        "finished": True,
+        "machine": {
+            "name": "NVIDIA H200", "capability": "9.0", "tuning": "Tuning(640)", "multiprocessors": 132,
+            "l2_bytes": 60 << 20, "memory_bytes": 150_000_000_000, "cuda": "12.9", "torch": "2.11.0", "triton": "3.6.0",
+            "quantkit": "0.1.0", "backend": "triton", "peers": {"bitsandbytes": "0.50.2"},
+            "settings": {"driver": "580.1"},
+        },
+        "limits": {"bytes_per_s": COPIES, "read_bytes_per_s": 4.4e12, "flops_per_s": CUDA_MULTIPLIES},
+        "method": {
+            "seed": 0, "rounds": 9, "away_bytes": 240 << 20, "passes": 4, "short_rows": 64, "copy_bytes": 8 << 30,
+            "product": [8192, 8192, 8192], "decode_rounds": 3, "prefill_rounds": 5, "compile_s": 31.0,
+        },
+        "shapes": "mistral-7b-instruct-v0.2",
+        "cells": [bench_cell(scheme, matrix, m, **rates) for scheme in BITS for matrix in MATRICES for m in rows],
+        "prefills": [
+            {**prefill, "scheme": "bf16", "seconds": 0.05},
+            {**prefill, "scheme": "nf4", "seconds": 0.04},
+        ],
+        "decodes": [
+            {**decode, "scheme": "bf16", "seconds": 4e-3, "matrices_seconds": {}},
+            {**decode, "scheme": "nf4"},
+        ],
+        "repeats": [{"what": "nf4, kernels", "runs": 40, "equal": 40}],
+        "failures": [{"what": "int8, o, torch int8pack", "reason": "RuntimeError: no kernel"}],
+    }  # fmt: skip
 
 
 def record(folder: Path, kind: str, body: Any, name: str | None = None) -> Path:

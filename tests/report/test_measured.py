@@ -80,7 +80,7 @@ def test_charts_show_each_quantity_and_frame_what_misses(tmp_path: Path) -> None
     assert [axes.get_title(loc="left") for axes in maps] == [
         "KV 16 bits, batch 1, chunks of 2,048", "KV 16 bits, batch 1, whole prompt at once",
     ]  # fmt: skip
-    assert [text.get_text() for text in maps[0].texts] == ["+5.00%", "-1.00%", "+0.00%"]
+    assert [text.get_text() for text in maps[0].texts] == ["+5.00%", "-1.00%", "0"]
     assert len(maps[0].patches) == 1  # 5% is over the bar of 3%
 
 
@@ -96,6 +96,35 @@ def test_a_report_of_measured_cells(cells: list[dict[str, Any]], tmp_path: Path)
     for path in written:
         if path.suffix == ".png":
             assert matplotlib.image.imread(path).shape[1] == 1350
+
+
+def test_what_is_exact_is_said_and_has_no_map(tmp_path: Path) -> None:
+    cells = [cell("bf16", 1024, GIB, GIB), cell("bf16", 3072, 2 * GIB, 2 * GIB)]
+    cells[1]["estimated"]["device_bytes"] -= MIB
+    written = build_report([record(tmp_path, "measure", measure_body(cells))], tmp_path / "out")
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "Estimated to the byte in every cell: allocated, reserved, other." in page
+    assert [path.name for path in written if "-error-" in path.name] == [
+        "mistral-7b-instruct-v0.2-measured-error-device.png"
+    ]
+    panels = predicted_against_measured(read(tmp_path, measure_body(cells))).axes
+    said = [axes.texts[0].get_text().splitlines() for axes in panels]
+    assert said[0] == ["powers of two: equal to the byte in all 1", "held out: equal to the byte in all 1"]
+    assert said[2][1] == "held out: 0.05% mean, -0.05% most"
+    lines = [
+        line.split("|")[1:-1]
+        for line in tables.errors_markdown(read(tmp_path, measure_body(cells))).splitlines()
+    ]
+    assert [part.strip() for part in lines[2]] == [
+        "allocated",
+        "powers of two",
+        "1",
+        "0",
+        "0",
+        "0",
+        "1%",
+        "0",
+    ]
 
 
 def test_a_trace_is_never_called_measured(tmp_path: Path) -> None:

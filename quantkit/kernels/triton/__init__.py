@@ -3,8 +3,8 @@
 `layout.py` draws the bytes of a repacked matrix, `kernels.py` holds the kernels, `launch.py` chooses among them by
 the rows of x, and `tuning.py` is the data by which it does. Only `kernels.py` and `launch.py` import Triton.
 
-Factors are exact in float32 and sums are float32, with two exceptions: for 2 and more rows NF4's codebook is rounded
-to x's dtype, and for many rows the whole matrix is, as the reference does.
+Factors are exact in float32 and sums are float32, with two exceptions: on tensor cores NF4's codebook is rounded to
+x's dtype, and for many rows the whole matrix is, as the reference does.
 """
 
 from __future__ import annotations

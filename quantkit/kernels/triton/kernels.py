@@ -1,8 +1,8 @@
 """The kernels themselves, for CUDA and for Triton's interpreter. Importing this imports Triton.
 
 M rows of x, N rows of the matrix, K columns. Along K the matrix is cut into tiles of `TILE` words, each word holding
-PER = 32 / BITS codes; `layout.py` draws one. What one mask takes out of all words of a tile
-are TILE neighbouring columns, so they meet TILE neighbours of x and share a scale where TILE divides the group.
+two halves of PER = 16 / BITS codes; `layout.py` draws one. What one mask takes out of all halves of a row's tile are
+`SPAN` neighbouring columns, so they meet SPAN neighbours of x and share a scale.
 
 An integer code becomes a float32 without a conversion instruction: its bits are laid into the mantissa of a power of
 two, which is subtracted together with the zero point. All of that is exact. The bits of the power come as an argument,
@@ -23,27 +23,38 @@ import torch
 import triton
 import triton.language as tl
 
-from quantkit.kernels.triton import nf4_ptx
-from quantkit.kernels.triton.layout import TILE
+from quantkit.kernels.triton import unpack_ptx
+from quantkit.kernels.triton.layout import SPAN, TILE
 from quantkit.schemes import NESTED_GROUP
 
 _TILE = tl.constexpr(TILE)
+_SPAN = tl.constexpr(SPAN)
 _NESTED_GROUP = tl.constexpr(NESTED_GROUP)
 POWER = (127 + 23) << 23  # bits of the float32 2**23
 _POWER = tl.constexpr(POWER)
-_NF4_BF16 = tl.constexpr(nf4_ptx.unpack(torch.bfloat16))
-_NF4_FP16 = tl.constexpr(nf4_ptx.unpack(torch.float16))
-_NF4_CONSTRAINTS = tl.constexpr(nf4_ptx.CONSTRAINTS)
+_INT8_BF16, _INT4_BF16, _INT8_FP16, _INT4_FP16 = (
+    tl.constexpr(unpack_ptx.integers(bits, dtype))
+    for dtype in (torch.bfloat16, torch.float16)
+    for bits in (8, 4)
+)
+_NF4 = tl.constexpr(unpack_ptx.nf4())
+_TABLE_BF16, _TABLE_FP16 = (
+    tl.constexpr(unpack_ptx.nf4_table(dtype)) for dtype in (torch.bfloat16, torch.float16)
+)
+_FROM_8_BITS, _FROM_4_BITS = (tl.constexpr(unpack_ptx.CONSTRAINTS[bits]) for bits in (8, 4))
+_TO_TABLE = tl.constexpr(unpack_ptx.TABLE_CONSTRAINTS)
 
 
 @triton.jit
 def _values(
-    words: tl.tensor, i: tl.constexpr, zero: tl.tensor, codebook: tl.tensor, power: tl.tensor,
+    words: tl.tensor, i: tl.constexpr, side: tl.constexpr, zero: tl.tensor, codebook: tl.tensor, power: tl.tensor,
     BITS: tl.constexpr, NF4: tl.constexpr, INTERPRET: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Return code i of each word: less its zero point in float32, or as the codebook has it."""
+    """Return code i of one half of each word: less its zero point in float32, or as the codebook has it."""
+    # as `layout.place` has it
+    at: tl.constexpr = 4 * (i // 2) + 2 * (i % 2) + side if NF4 else side * (16 // BITS) + i
     if NF4:
-        entries = codebook + ((words >> (BITS * i)) & ((1 << BITS) - 1))
+        entries = codebook + ((words >> (BITS * at)) & ((1 << BITS) - 1))
         if INTERPRET:
             found = tl.load(entries)
         else:
@@ -53,13 +64,24 @@ def _values(
     else:
         MANTISSA: tl.constexpr = 23  # bits
         WITHOUT_SHIFT: tl.constexpr = MANTISSA // BITS  # so many codes lie in the mantissa's bits as they are
-        PLACE: tl.constexpr = BITS * (i % WITHOUT_SHIFT)
-        SHIFT: tl.constexpr = BITS * (i // WITHOUT_SHIFT) * WITHOUT_SHIFT
+        PLACE: tl.constexpr = BITS * (at % WITHOUT_SHIFT)
+        SHIFT: tl.constexpr = BITS * (at // WITHOUT_SHIFT) * WITHOUT_SHIFT
         code = (words >> SHIFT) & (((1 << BITS) - 1) << PLACE)
         # the float32 2**(23 - PLACE) + code
         raised = (code | (power - (PLACE << MANTISSA))).to(tl.float32, bitcast=True)
         found = raised - (zero + (1 << (MANTISSA - PLACE)))
     return found
+
+
+@triton.jit
+def _span(
+    words: tl.tensor, i: tl.constexpr, zero: tl.tensor, codebook: tl.tensor, power: tl.tensor,
+    BITS: tl.constexpr, NF4: tl.constexpr, INTERPRET: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return code i of both halves of each word, `_values` of SPAN neighbouring columns: float32 (n, SPAN)."""
+    low = _values(words, i, 0, zero, codebook, power, BITS, NF4, INTERPRET)
+    high = _values(words, i, 1, zero, codebook, power, BITS, NF4, INTERPRET)
+    return tl.reshape(tl.join(low, high), (words.shape[0], _SPAN))
 
 
 @triton.jit
@@ -121,31 +143,31 @@ def vector_kernel(
     GROUP is 0 where a row has one scale, SPANS the masks that share a scale.
     SPLIT_TILES is a multiple of UNROLL. EVEN says that K is whole splits; if not, x counts as 0 beyond its end.
     """
-    PER: tl.constexpr = 32 // BITS
+    PER: tl.constexpr = 16 // BITS
     split = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = tl.minimum(rows, N - 1)[:, None]  # rows beyond N are computed as the last, and not stored
-    words_at = tl.arange(0, _TILE)
-    sums = tl.zeros((BLOCK_N, _TILE), tl.float32)
+    words_at, span_at = tl.arange(0, _TILE), tl.arange(0, _SPAN)
+    sums = tl.zeros((BLOCK_N, _SPAN), tl.float32)
     for first in range(0, SPLIT_TILES, UNROLL):
         for u in tl.static_range(UNROLL):
             tile = split * SPLIT_TILES + first + u
             there = tile if EVEN else tl.minimum(tile, tiles - 1)
             words = tl.load(codes + (there * N + inside) * _TILE + words_at[None, :])
             for span in tl.static_range(PER // SPANS):
-                column = (tile * PER + span * SPANS) * _TILE
+                column = (tile * PER + span * SPANS) * _SPAN
                 group = 0
                 if GROUP > 0:
                     group = (column if EVEN else tl.minimum(column, K - 1)) // GROUP
                 zero = _zero(zeros, inside, group, N, BITS, ZEROS)
-                part = tl.zeros((BLOCK_N, _TILE), tl.float32)
+                part = tl.zeros((BLOCK_N, _SPAN), tl.float32)
                 for i in tl.static_range(span * SPANS, (span + 1) * SPANS):
-                    columns = (tile * PER + i) * _TILE + words_at
+                    columns = (tile * PER + i) * _SPAN + span_at
                     if EVEN:
                         x_i = tl.load(x + columns).to(tl.float32)
                     else:
                         x_i = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
-                    part += _values(words, i, zero, codebook, power, BITS, NF4, INTERPRET) * x_i[None, :]
+                    part += _span(words, i, zero, codebook, power, BITS, NF4, INTERPRET) * x_i[None, :]
                 if GROUP > 0:
                     part *= _group_scale(
                         scales, nested, offset, dynamic_map, inside, 0, group, N, K, GROUP, False, NESTED
@@ -160,40 +182,78 @@ def vector_kernel(
 
 
 @triton.jit
+def _write_table(codebook: tl.tensor, like: tl.constexpr) -> None:
+    """Write the table of NF4's pairs, in which `_pieces` looks up, to shared memory."""
+    tl.inline_asm_elementwise(
+        _TABLE_BF16 if like == tl.bfloat16 else _TABLE_FP16, _TO_TABLE, [codebook],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _pieces(
-    words: tl.tensor, codebook: tl.tensor, like: tl.constexpr,
+    codes: tl.tensor, at: tl.tensor, codebook: tl.tensor, like: tl.constexpr,
     BITS: tl.constexpr, NF4: tl.constexpr, INTERPRET: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Return a tuple of all codes of each word as the tensor cores take them: symmetric integers or NF4's values.
+    """Return a tuple of PER spans (n, SPAN) as the tensor cores take them: symmetric integers or NF4's values.
 
-    Nothing but constants may meet the words here, not even the `power` of the other kernels: else Triton unpacks
-    them in other registers than the tensor cores take, and moves each piece through shared memory.
+    The words from `at` (n, 1) on are loaded as halves, of which `unpack_ptx` makes pairs. Nothing else may meet them
+    here: else Triton unpacks them in other registers than the tensor cores take, and moves each through shared memory.
     """
-    if NF4:
-        if INTERPRET:
-            pieces: tl.tensor = ()
-            for i in tl.static_range(8):
-                pieces += (tl.load(codebook + ((words >> (4 * i)) & 15)),)
-        elif like == tl.bfloat16:
-            pieces = tl.inline_asm_elementwise(
-                _NF4_BF16, _NF4_CONSTRAINTS, [words], is_pure=True, pack=2, dtype=(
-                    tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
-                    tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
-                ),
-            )  # fmt: skip
-        else:
-            pieces = tl.inline_asm_elementwise(
-                _NF4_FP16, _NF4_CONSTRAINTS, [words], is_pure=True, pack=2, dtype=(
-                    tl.float16, tl.float16, tl.float16, tl.float16,
-                    tl.float16, tl.float16, tl.float16, tl.float16,
-                ),
-            )  # fmt: skip
+    if INTERPRET:
+        words = tl.load(codes + at + tl.arange(0, _TILE)[None, :])
+        pieces: tl.tensor = ()
+        for i in tl.static_range(16 // BITS):
+            pieces += (_span(words, i, 1 << (BITS - 1), codebook, _POWER, BITS, NF4, INTERPRET),)
     else:
-        pieces = ()
-        for i in tl.static_range(32 // BITS):
-            value = _values(words, i, 1 << (BITS - 1), codebook, _POWER, BITS, False, INTERPRET)
-            pieces += (value if INTERPRET else value.to(like),)
+        halves = tl.load(codes.to(tl.pointer_type(tl.int16)) + 2 * at + tl.arange(0, _SPAN)[None, :])
+        if like == tl.bfloat16:
+            if NF4:
+                pieces = tl.inline_asm_elementwise(
+                    _NF4, _FROM_4_BITS, [halves], is_pure=True, pack=2,
+                    dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                )  # fmt: skip
+            elif BITS == 4:
+                pieces = tl.inline_asm_elementwise(
+                    _INT4_BF16, _FROM_4_BITS, [halves], is_pure=True, pack=2,
+                    dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                )  # fmt: skip
+            else:
+                pieces = tl.inline_asm_elementwise(
+                    _INT8_BF16, _FROM_8_BITS, [halves], is_pure=True, pack=2, dtype=(tl.bfloat16, tl.bfloat16)
+                )
+        else:
+            if NF4:
+                pieces = tl.inline_asm_elementwise(
+                    _NF4, _FROM_4_BITS, [halves], is_pure=True, pack=2,
+                    dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+                )  # fmt: skip
+            elif BITS == 4:
+                pieces = tl.inline_asm_elementwise(
+                    _INT4_FP16, _FROM_4_BITS, [halves], is_pure=True, pack=2,
+                    dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+                )  # fmt: skip
+            else:
+                pieces = tl.inline_asm_elementwise(
+                    _INT8_FP16, _FROM_8_BITS, [halves], is_pure=True, pack=2, dtype=(tl.float16, tl.float16)
+                )
     return pieces
+
+
+@triton.jit
+def _tile_scales(
+    scales: tl.tensor, nested: tl.tensor, offset: tl.tensor, dynamic_map: tl.tensor, inside: tl.tensor,
+    tile: tl.tensor, N: tl.tensor, K: tl.tensor,
+    PER: tl.constexpr, SPANS: tl.constexpr, GROUP: tl.constexpr, NESTED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return a tuple of the scales (n, 1) of a tile's groups; those beyond K are the last."""
+    found: tl.tensor = ()
+    for span in tl.static_range(PER // SPANS):
+        group = tl.minimum((tile * PER + span * SPANS) * _SPAN, K - 1) // GROUP
+        found += (
+            _group_scale(scales, nested, offset, dynamic_map, inside, 0, group, N, K, GROUP, False, NESTED),
+        )
+    return found
 
 
 @triton.jit
@@ -205,51 +265,59 @@ def batch_kernel(
     SPANS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, INTERPRET: tl.constexpr,
     SPLIT_TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Multiply all rows of x (M, K) by BLOCK_N rows over SPLIT_TILES tiles: out (splits, M, N).
+    """Multiply BLOCK_M rows of x (M, K) by BLOCK_N rows over SPLIT_TILES tiles: out (splits, M, N).
 
-    Program (row block, split); BLOCK_M is M or more. The transposed product keeps the matrix in registers: unpacked
+    Program (row block, split, block of x's rows). The transposed product keeps the matrix in registers: unpacked
     there, it is the left operand of the tensor cores, in x's dtype. Integers lose nothing by that, since scales and
     zero points meet the float32 sums, zero points by way of the sums of x; NF4's values are rounded to x's dtype.
-    EVEN says that K is whole splits. The interpreter has no product of bfloat16: INTERPRET computes it in float32.
+    A tile's scales are loaded while the one before is multiplied. EVEN says that K is whole splits. The interpreter
+    has no product of bfloat16: INTERPRET computes it in float32.
     """
-    PER: tl.constexpr = 32 // BITS
+    PER: tl.constexpr = 16 // BITS
     dtype: tl.constexpr = tl.float32 if INTERPRET else x.dtype.element_ty
     split = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = tl.minimum(rows, N - 1)[:, None]
-    lines = tl.arange(0, BLOCK_M)[None, :]
-    words_at = tl.arange(0, _TILE)
-    ones = tl.full((BLOCK_N, _TILE), 1.0, dtype)
+    lines = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    x_at = x + lines * K
+    span_at = tl.arange(0, _SPAN)[:, None]
+    ones = tl.full((BLOCK_N, _SPAN), 1.0, dtype)
+    if NF4 and not INTERPRET:
+        _write_table(codebook, dtype)
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if GROUP > 0:
+        ahead = _tile_scales(
+            scales, nested, offset, dynamic_map, inside, split * SPLIT_TILES, N, K, PER, SPANS, GROUP, NESTED
+        )
     for step in range(SPLIT_TILES):
         tile = split * SPLIT_TILES + step
         there = tile if EVEN else tl.minimum(tile, tiles - 1)
-        words = tl.load(codes + (there * N + inside) * _TILE + words_at[None, :])
-        pieces = _pieces(words, codebook, dtype, BITS, NF4, INTERPRET)
+        pieces = _pieces(codes, (there * N + inside) * _TILE, codebook, dtype, BITS, NF4, INTERPRET)
+        if GROUP > 0:
+            tile_scales = ahead
+            ahead = _tile_scales(
+                scales, nested, offset, dynamic_map, inside, tile + 1, N, K, PER, SPANS, GROUP, NESTED
+            )
         for span in tl.static_range(PER // SPANS):
-            column = (tile * PER + span * SPANS) * _TILE
-            group = 0
-            if GROUP > 0:
-                group = (column if EVEN else tl.minimum(column, K - 1)) // GROUP
             part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             if GROUP == 0 and not ZEROS:
                 part = sums
             x_sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for i in tl.static_range(span * SPANS, (span + 1) * SPANS):
-                columns = (tile * PER + i) * _TILE + words_at[:, None]
+                columns = (tile * PER + i) * _SPAN + span_at
                 mask = lines < M if EVEN else (lines < M) & (columns < K)
-                x_i = tl.load(x + lines * K + columns, mask=mask, other=0.0).to(dtype)
+                x_i = tl.load(x_at + columns, mask=mask, other=0.0).to(dtype)
                 part = tl.dot(pieces[i], x_i, part)
                 if ZEROS:
                     x_sums = tl.dot(ones, x_i, x_sums)
             if ZEROS:
+                group = 0
+                if GROUP > 0:
+                    group = tl.minimum((tile * PER + span * SPANS) * _SPAN, K - 1) // GROUP
                 zero = _zero(zeros, inside, group, N, BITS, ZEROS)
                 part -= (zero - (1 << (BITS - 1))) * x_sums
             if GROUP > 0:
-                scale = _group_scale(
-                    scales, nested, offset, dynamic_map, inside, 0, group, N, K, GROUP, False, NESTED
-                )
-                sums += part * scale
+                sums += part * tile_scales[span]
             elif ZEROS:
                 sums += part
             else:
@@ -288,14 +356,14 @@ def dequantize_kernel(
     BLOCK_N: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write BLOCK_N rows of one tile in out's dtype: out (N, K). Program (row block, tile)."""
-    PER: tl.constexpr = 32 // BITS
+    PER: tl.constexpr = 16 // BITS
     tile = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     inside = tl.minimum(rows, N - 1)
-    words_at = tl.arange(0, _TILE)[None, :]
-    words = tl.load(codes + (tile * N + inside) * _TILE + words_at)
+    span_at = tl.arange(0, _SPAN)[None, :]
+    words = tl.load(codes + (tile * N + inside) * _TILE + tl.arange(0, _TILE)[None, :])
     for span in tl.static_range(PER // SPANS):
-        column = (tile * PER + span * SPANS) * _TILE
+        column = (tile * PER + span * SPANS) * _SPAN
         group = 0
         if GROUP > 0:
             group = (column if EVEN else tl.minimum(column, K - 1)) // GROUP
@@ -307,7 +375,7 @@ def dequantize_kernel(
                 offset,
                 dynamic_map,
                 inside,
-                column + words_at,
+                column + span_at,
                 group,
                 N,
                 K,
@@ -318,6 +386,6 @@ def dequantize_kernel(
         else:
             scale = tl.load(scales + inside).to(tl.float32)
         for i in tl.static_range(span * SPANS, (span + 1) * SPANS):
-            columns = (tile * PER + i) * _TILE + words_at
-            values = _values(words, i, zero, codebook, power, BITS, NF4, INTERPRET) * scale
+            columns = (tile * PER + i) * _SPAN + span_at
+            values = _span(words, i, zero, codebook, power, BITS, NF4, INTERPRET) * scale
             tl.store(out + rows * K + columns, values, mask=(rows < N) & (columns < K))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from functools import lru_cache
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import triton
 
 from calculators.units import ceil_div
+from quantkit.errors import BackendError
 from quantkit.kernels.triton import kernels
 from quantkit.kernels.triton.layout import Tiles
 from quantkit.kernels.triton.tuning import FAMILIES, HOPPER, Batch, Tuning, tuning
@@ -16,56 +18,30 @@ from quantkit.quantize.nf4 import NF4_CODEBOOK, dynamic_map_on
 
 INTERPRETED = not isinstance(kernels.vector_kernel, triton.JITFunction)  # TRITON_INTERPRET was set at import
 SUM_BLOCK = 512  # sums a program of `sum_kernel`
-_SMALLEST_BLOCK = 16  # rows of x that the tensor cores take
+UNASKED_SHARED = 48 << 10  # bytes that a kernel may use
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_GRANTED: set[int] = set()  # kernels
+_SMALLEST_BLOCK = 8  # rows of x that the tensor cores take
 
 
 def linear(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x @ W.T + bias for contiguous x (M, K), in x's dtype."""
-    chosen, count = _tuning(x.device), x.shape[0]
     with torch.cuda.device_of(x):
-        if count == 0:
+        if x.shape[0] == 0:
             return x.new_empty(0, matrix.rows)
-        out = _products(x, matrix, bias, chosen)
-        if out is not None:
-            return _total(out, bias, x.dtype)
+        if takes(x, matrix):
+            return _total(_parts(x, matrix, bias), bias, x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, dequantize(matrix, x.dtype), bias)
 
 
-def parts(x: torch.Tensor, matrix: Tiles) -> torch.Tensor:
-    """Return (splits, M, N) whose sum, in the order of the splits, is x @ W.T for contiguous x (M, K).
-
-    float32 where there are several splits, else x's dtype.
-    """
-    with torch.cuda.device_of(x):
-        out = _products(x, matrix, None, _tuning(x.device))
-        if out is None:
-            return torch.nn.functional.linear(x, dequantize(matrix, x.dtype))[None]
-        return out if out.shape[0] > 1 else out.to(x.dtype)
-
-
-def _products(
-    x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, chosen: Tuning
-) -> torch.Tensor | None:
-    """Return parts (splits, M, N), a single one with the bias; None where no kernel takes so many rows."""
-    count, half = x.shape[0], x.dtype in (torch.bfloat16, torch.float16)
-    if matrix.flat:
-        return None
-    if count == 1 and (matrix.kind in chosen.vector or not half):
-        return _vector(x, matrix, bias, chosen)
-    batch = chosen.batch(count)
-    if batch is not None and half:
-        return _batch(x, matrix, bias, batch, chosen.programs)
-    return None
-
-
 def dequantize(matrix: Tiles, dtype: torch.dtype) -> torch.Tensor:
     """Return the (N, K) matrix in `dtype`, computed in float32 and rounded once."""
-    chosen = _tuning(matrix.codes.device)
+    chosen = tuned(matrix.codes.device)
     out = torch.empty(matrix.rows, matrix.cols, dtype=_stored(dtype), device=matrix.codes.device)
     with torch.cuda.device_of(out):
         kernels.dequantize_kernel[ceil_div(matrix.rows, chosen.dequantize_rows), matrix.codes.shape[0]](
-            *_parts(matrix, torch.float32),
+            *_arguments(matrix, torch.float32),
             kernels.POWER,
             out,
             matrix.rows,
@@ -88,7 +64,7 @@ def dequantize_constants(matrix: Tiles, chosen: Tuning) -> dict[str, Any]:
 
 def vector_constants(matrix: Tiles, chosen: Tuning) -> dict[str, Any]:
     """Return the compile-time arguments of `vector_kernel`."""
-    split_tiles = _split_tiles(matrix, chosen.vector_rows, chosen.vector_unroll, chosen.programs)
+    split_tiles = _split_tiles(matrix, chosen.vector_rows, chosen.vector_unroll, chosen.vector_programs)
     return _constants(matrix) | {
         "EVEN": matrix.cols % (matrix.tile_cols * split_tiles) == 0,
         "SPLIT_TILES": split_tiles,
@@ -98,14 +74,15 @@ def vector_constants(matrix: Tiles, chosen: Tuning) -> dict[str, Any]:
     }
 
 
-def batch_constants(matrix: Tiles, batch: Batch, programs: int, lines: int) -> dict[str, Any]:
+def batch_constants(matrix: Tiles, batch: Batch, lines: int) -> dict[str, Any]:
     """Return the compile-time arguments of `batch_kernel` for so many rows of x."""
-    split_tiles = _split_tiles(matrix, batch.rows, 1, programs)
+    block = min(batch.lines, max(_SMALLEST_BLOCK, triton.next_power_of_2(lines)))
+    split_tiles = _split_tiles(matrix, batch.rows, 1, batch.programs // ceil_div(lines, block))
     return _constants(matrix) | {
         "EVEN": matrix.cols % (matrix.tile_cols * split_tiles) == 0,
         "SPLIT_TILES": split_tiles,
         "BLOCK_N": batch.rows,
-        "BLOCK_M": max(_SMALLEST_BLOCK, triton.next_power_of_2(lines)),
+        "BLOCK_M": block,
         "num_warps": batch.warps,
         "num_stages": batch.stages,
     }
@@ -129,28 +106,82 @@ def _constants(matrix: Tiles) -> dict[str, Any]:
     }
 
 
+def parts(x: torch.Tensor, matrix: Tiles) -> torch.Tensor:
+    """Return x @ W.T without a bias as parts (splits, M, N), which add up in their order.
+
+    Args:
+        x: (M, K), contiguous, M > 0.
+        matrix: W.
+
+    Returns:
+        float32, or one part in x's dtype.
+    """
+    with torch.cuda.device_of(x):
+        return _parts(x, matrix, None) if takes(x, matrix) else linear(x, matrix, None)[None]
+
+
+def _parts(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return the parts; a single one has the bias already."""
+    chosen = tuned(x.device)
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    batch = chosen.batch(matrix.kind, x.shape[0])
+    if x.shape[0] == 1 and (matrix.kind in chosen.vector or not half or batch is None):
+        return _vector(x, matrix, bias, chosen)
+    assert batch is not None
+    return _batch(x, matrix, bias, batch)
+
+
+def takes(x: torch.Tensor, matrix: Tiles) -> bool:
+    """Whether a kernel multiplies x (M, K) by the codes themselves."""
+    if matrix.flat:
+        return False
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return x.shape[0] == 1 or (half and tuned(x.device).batch(matrix.kind, x.shape[0]) is not None)
+
+
 def _vector(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, chosen: Tuning) -> torch.Tensor:
     constants = vector_constants(matrix, chosen)
     out = _sums(x, matrix, constants["SPLIT_TILES"])
     kernels.vector_kernel[ceil_div(matrix.rows, chosen.vector_rows), out.shape[0]](
-        x, *_parts(matrix, torch.float32), kernels.POWER, bias if out.shape[0] == 1 else None, out,
+        x, *_arguments(matrix, torch.float32), kernels.POWER, bias if out.shape[0] == 1 else None, out,
         matrix.rows, matrix.cols, matrix.codes.shape[0],
         BIAS=bias is not None and out.shape[0] == 1, **constants,
     )  # fmt: skip
     return out
 
 
-def _batch(
-    x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, batch: Batch, programs: int
-) -> torch.Tensor:
-    constants = batch_constants(matrix, batch, programs, x.shape[0])
+def _batch(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    constants = batch_constants(matrix, batch, x.shape[0])
     out = _sums(x, matrix, constants["SPLIT_TILES"])
-    kernels.batch_kernel[ceil_div(matrix.rows, batch.rows), out.shape[0]](
-        x, *_parts(matrix, x.dtype), bias if out.shape[0] == 1 else None, out,
+    grid = ceil_div(matrix.rows, batch.rows), out.shape[0], ceil_div(x.shape[0], constants["BLOCK_M"])
+    single = out.shape[0] == 1
+    arguments = (
+        x, *_arguments(matrix, x.dtype), bias if single else None, out,
         x.shape[0], matrix.rows, matrix.cols, matrix.codes.shape[0],
-        BIAS=bias is not None and out.shape[0] == 1, **constants,
     )  # fmt: skip
+    constants["BIAS"] = bias is not None and single
+    if matrix.nf4 and not INTERPRETED:
+        _grant_shared(kernels.batch_kernel.warmup(*arguments, grid=grid, **constants))
+    kernels.batch_kernel[grid](*arguments, **constants)
     return out
+
+
+def _grant_shared(compiled: Any) -> None:
+    """Let a compiled kernel with a table of its own in shared memory be launched.
+
+    A kernel may use 48 KiB without asking. Triton asks where its own share, `metadata.shared`, is more, and does not
+    count the table.
+    """
+    shared = compiled.metadata.shared
+    _ = compiled.run  # loads the kernel
+    if shared > UNASKED_SHARED or compiled.function in _GRANTED:
+        return
+    failed = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(
+        ctypes.c_void_p(compiled.function), _MAX_DYNAMIC_SHARED, shared
+    )
+    if failed:
+        raise BackendError(f"CUDA grants no {shared:,} bytes of shared memory to a kernel (error {failed})")
+    _GRANTED.add(compiled.function)
 
 
 def _split_tiles(matrix: Tiles, block: int, step: int, programs: int) -> int:
@@ -189,7 +220,7 @@ def _stored(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED else dtype
 
 
-def _parts(matrix: Tiles, codebook: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+def _arguments(matrix: Tiles, codebook: torch.dtype) -> tuple[torch.Tensor | None, ...]:
     """Return the arguments that describe a matrix, NF4's values rounded to the dtype `codebook`."""
     return (
         matrix.codes,
@@ -209,7 +240,8 @@ def codebook_on(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
 
 
 @lru_cache
-def _tuning(device: torch.device) -> Tuning:
+def tuned(device: torch.device) -> Tuning:
+    """Return the launches on a device."""
     if device.type != "cuda":
         return FAMILIES[HOPPER]  # the interpreter
     major, minor = torch.cuda.get_device_capability(device)

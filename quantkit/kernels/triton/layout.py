@@ -1,17 +1,22 @@
 """The bytes of a matrix as the CUDA kernels read them. Plain torch on any device; imports no Triton.
 
 The codes are int32 (tiles, N, 16): along K the matrix is cut into tiles of 16 words, and a tile of all rows lies
-together. A word holds PER codes, the lowest bits first: 8 of int4 and NF4, 4 of int8. Code i of word j in tile t is
-column (t PER + i) 16 + j. A row of a tile of int4, 64 bytes:
+together. A word has two halves of 16 bits, and half h = 0..31 of a row's tile holds the tile's columns h, 32 + h,
+64 + h, ...: a half of int4 and NF4 has 4 codes, one of int8 has 2. A row of a tile of int4, 64 bytes:
 
-    word          0               1         ...        15
-    bits      31..28 ... 3..0                     31..28 ... 3..0
-    column     112   ...  0      1 ... 113         127   ...  15      of 128
+    word              0                            1            ...        15
+    bits      31..28  ...  15..12  ... 3..0                                31..28 ... 3..0
+    column      97    1     96      32   0      99 ... 3  98 ... 2          127   ...  30   of 128
 
     thread    0: words 0..3    1: words 4..7    2: 8..11    3: 12..15, then the next row
 
-So a thread loads 16 bytes, its neighbour the next 16, a warp 8 rows; and what a thread takes from one place of its
-four words meets four neighbouring elements of x. The last tile is padded with zeros, which meet no x.
+So a thread loads 16 bytes, its neighbour the next 16, a warp 8 rows; what one mask takes out of a word is a pair of
+neighbouring columns in the two halves of a register, as the tensor cores take 16-bit values; and what it takes out of
+all words of a row's tile are 32 neighbouring columns, which share a scale. The last tile is padded with zeros, which
+meet no x.
+
+Integer codes lie in their half from the lowest bits up. NF4's are looked up four at a time, the halves' in turns
+(`unpack_ptx.py`): code i of half s is nibble 4 (i // 2) + 2 (i % 2) + s of its word.
 
 Scales and zero points are transposed: what neighbouring rows have of one group lies together.
 """
@@ -28,7 +33,8 @@ from quantkit.schemes import QuantScheme
 from quantkit.tensor import QuantizedTensor
 
 TILE = 16  # words
-_WORD_BITS = 32
+SPAN = 32  # neighbouring columns, one of each half of a tile's words
+_WORD_BITS, _HALF_BITS = 32, 16
 _INDEX_LIMIT = 1 << 31  # kernels count elements in int32
 
 
@@ -62,8 +68,8 @@ class Tiles:
 
     @property
     def kind(self) -> str:
-        """`int8`, `int4` or `nf4`."""
-        return "nf4" if self.nf4 else f"int{self.bits}"
+        """`int8`, `int4`, `int4-asym` or `nf4`."""
+        return "nf4" if self.nf4 else f"int{self.bits}" + ("" if self.zeros is None else "-asym")
 
     @property
     def tile_cols(self) -> int:
@@ -76,13 +82,13 @@ class Tiles:
 
     @property
     def spans(self) -> int:
-        """Consecutive 16 columns of a tile that share a scale; 1 where blocks run across rows."""
-        per = self.tile_cols // TILE
+        """Consecutive spans of a tile that share a scale; 1 where blocks run across rows."""
+        per = self.tile_cols // SPAN
         if self.flat:
             return 1
         if self.group % self.tile_cols == 0:
             return per
-        return self.group // TILE if self.tile_cols % self.group == 0 else 1
+        return self.group // SPAN if self.tile_cols % self.group == 0 else 1
 
 
 def tile_cols(bits: int) -> int:
@@ -91,11 +97,11 @@ def tile_cols(bits: int) -> int:
 
 
 def takes(scheme: QuantScheme, shape: tuple[int, int]) -> bool:
-    """Whether `tiles` takes a matrix: a group is whole 16 columns or a whole row, and int32 counts the elements."""
+    """Whether `tiles` takes a matrix: a group is whole spans or a whole row, and int32 counts the elements."""
     rows, cols = shape
     padded = rows * ceil_div(cols, tile_cols(scheme.bits)) * tile_cols(scheme.bits)
     return padded < _INDEX_LIMIT and (
-        scheme.group % TILE == 0 or (scheme.method == "int" and scheme.group >= cols)
+        scheme.group % SPAN == 0 or (scheme.method == "int" and scheme.group >= cols)
     )
 
 
@@ -111,7 +117,7 @@ def tiles(weight: QuantizedTensor) -> Tiles:
         scales = scales.view(rows, -1).T.contiguous()
     offset = weight.nested_offset
     return Tiles(
-        codes=_words(_codes(weight), scheme.bits),
+        codes=_words(_codes(weight), scheme.bits, nf4),
         scales=scales,
         zeros=None if zeros is None else zeros.T.contiguous(),
         nested_scales=weight.nested_scales,
@@ -135,15 +141,21 @@ def _codes(weight: QuantizedTensor) -> torch.Tensor:
     return unpack_low_first(weight.codes, cols)
 
 
-def _words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def _words(codes: torch.Tensor, bits: int, nf4: bool) -> torch.Tensor:
     """Pack uint8 codes (N, K) into words (tiles, N, 16)."""
     rows, cols = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -cols % tile_cols(bits)))
-    spans = padded.view(rows, -1, _WORD_BITS // bits, TILE).transpose(0, 1)  # (tiles, N, PER, 16)
+    spans = padded.view(rows, -1, _HALF_BITS // bits, TILE, 2).transpose(0, 1)  # (tiles, N, PER, 16, 2)
     words = torch.zeros(spans.shape[0], rows, TILE, dtype=torch.int32, device=codes.device)
     for i in range(spans.shape[2]):
-        words |= spans[:, :, i].int() << (bits * i)
+        for side in range(2):
+            words |= spans[:, :, i, :, side].int() << (bits * place(bits, nf4, i, side))
     return words
+
+
+def place(bits: int, nf4: bool, i: int, side: int) -> int:
+    """Return which code of a word, counted from the lowest bits, is code `i` of its half `side`."""
+    return 4 * (i // 2) + 2 * (i % 2) + side if nf4 else side * (_HALF_BITS // bits) + i
 
 
 def below_each_other(parts: list[Tiles]) -> Tiles:

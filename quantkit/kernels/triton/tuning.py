@@ -1,12 +1,15 @@
 """How the kernels are launched, for each family of GPUs. Data: nothing is tuned when a program runs.
 
-None of these figures was measured on a GPU yet. They follow from counting: 16-byte loads in flight against what the
-memory's latency needs, and registers against spills.
+Hopper's figures were measured on an H200 (`reports/measured`), the others' follow from counting: 16-byte loads in
+flight against what the memory's latency needs, and registers against spills.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+KINDS = ("int8", "int4", "int4-asym", "nf4")
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,16 @@ class Batch:
         rows: of the matrix, a program.
         warps: of a program.
         stages: tiles in flight.
+        programs: of one launch; K is split until there are about so many.
+        lines: rows of x a program at most.
     """
 
     limit: int
     rows: int
     warps: int
     stages: int
+    programs: int = 512
+    lines: int = 64
 
 
 @dataclass(frozen=True)
@@ -31,9 +38,10 @@ class Tuning:
     """The launch of every kernel on one family.
 
     Attributes:
-        programs: of one launch; K is split until there are about so many.
-        batches: in the order of their limits; above the last, the matrix is dequantized and multiplied.
-        vector: kinds of codes whose product with one row is `vector_kernel`'s; of others it is `batch_kernel`'s.
+        batches: for each kind of codes, in the order of their limits; above the last, the matrix is dequantized and
+            multiplied.
+        vector: kinds whose product with one row is `vector_kernel`'s; of others it is `batch_kernel`'s.
+        vector_programs: of one launch; K is split until there are about so many.
         vector_rows: of the matrix, a program of `vector_kernel`.
         vector_unroll: tiles whose loads are issued together.
         vector_warps: of a program.
@@ -41,29 +49,63 @@ class Tuning:
         dequantize_warps: of a program.
     """
 
-    programs: int
-    batches: tuple[Batch, ...]
-    vector: frozenset[str] = frozenset({"int8", "int4", "nf4"})
+    batches: Mapping[str, tuple[Batch, ...]]
+    vector: frozenset[str] = frozenset(KINDS)
+    vector_programs: int = 512
     vector_rows: int = 64
     vector_unroll: int = 4
     vector_warps: int = 4
     dequantize_rows: int = 64
     dequantize_warps: int = 4
 
-    def batch(self, rows: int) -> Batch | None:
+    def batch(self, kind: str, rows: int) -> Batch | None:
         """Return the launch of `batch_kernel` for so many rows of x, None where there are too many."""
-        return next((batch for batch in self.batches if rows <= batch.limit), None)
+        return next((batch for batch in self.batches.get(kind, ()) if rows <= batch.limit), None)
 
+
+def _alike(*batches: Batch) -> dict[str, tuple[Batch, ...]]:
+    return dict.fromkeys(KINDS, batches)
+
+
+_HOPPER = Tuning(
+    {
+        "int8": (
+            Batch(1, rows=64, warps=2, stages=4, programs=528),
+            Batch(32, rows=64, warps=4, stages=4, programs=528),
+            Batch(64, rows=128, warps=4, stages=3, programs=264),
+            Batch(128, rows=128, warps=4, stages=3, programs=264),
+            Batch(256, rows=128, warps=8, stages=3, programs=132),
+        ),
+        "int4": (
+            Batch(1, rows=64, warps=2, stages=3, programs=528),
+            Batch(32, rows=128, warps=4, stages=4, programs=528),
+            Batch(64, rows=128, warps=4, stages=3, programs=264),
+            Batch(128, rows=128, warps=4, stages=3, programs=264),
+            Batch(256, rows=128, warps=8, stages=3, programs=132),
+        ),
+        "int4-asym": (
+            Batch(32, rows=64, warps=4, stages=3, programs=1056),
+            Batch(64, rows=64, warps=8, stages=3, programs=528),
+        ),
+        "nf4": (
+            Batch(1, rows=64, warps=2, stages=3, programs=528),
+            Batch(32, rows=128, warps=4, stages=4, programs=264),
+            Batch(64, rows=128, warps=4, stages=3, programs=264),
+            Batch(128, rows=128, warps=4, stages=3, programs=264),
+        ),
+    },
+    vector=frozenset(),
+)
 
 # by compute capability; a GPU takes the newest that is not newer than it
 FAMILIES = {
-    75: Tuning(256, ()),  # Triton has no tensor cores before 8.0
-    80: Tuning(512, (Batch(32, rows=64, warps=4, stages=4), Batch(64, rows=128, warps=8, stages=2))),
-    86: Tuning(384, (Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
-    89: Tuning(512, (Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
-    90: Tuning(640, (Batch(32, rows=64, warps=4, stages=4), Batch(64, rows=64, warps=8, stages=3))),
-    100: Tuning(640, ()),  # what Triton makes of `batch_kernel` for these tensor cores was not looked into
-    120: Tuning(640, (Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
+    75: Tuning({}, vector_programs=256),  # Triton has no tensor cores before 8.0
+    80: Tuning(_alike(Batch(32, rows=64, warps=4, stages=4), Batch(64, rows=128, warps=8, stages=2))),
+    86: Tuning(_alike(Batch(32, rows=64, warps=4, stages=3, programs=384), Batch(64, 128, 8, 2, 384))),
+    89: Tuning(_alike(Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
+    90: _HOPPER,
+    100: Tuning({}),  # what Triton makes of `batch_kernel` for these tensor cores was not looked into
+    120: Tuning(_alike(Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
 }
 HOPPER = 90
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from calculators.fit import ERROR_BAND
+from calculators.flash import Call, splits
 from calculators.hardware import ASSUMED_PLATFORM, GPU, GPUS, Platform, platform_of
 from quantkit.config import ModelConfig
 from quantkit.estimate import PREFILL_CHUNK, Estimator, Workload
@@ -40,11 +41,14 @@ def page_data(models: Sequence[ModelConfig], progress: Callable[[int], None] | N
     every scheme, KV precision, batch and context, in that order, the last running fastest.
     """
     gpus = [(gpu, platform_of(gpu)) for gpu in GPUS]
-    kinds = list(dict.fromkeys(map(_kind, (ASSUMED_PLATFORM, *(platform for _, platform in gpus)))))
-    examples = {_kind(platform): platform for platform in (*(p for _, p in gpus), ASSUMED_PLATFORM)}
+    split = any(_may_split(config) for config in models)
+    examples: dict[tuple[object, ...], Platform] = {}
+    for platform in (ASSUMED_PLATFORM, *(platform for _, platform in gpus)):
+        examples.setdefault(_kind(platform, split), platform)
+    kinds = list(examples)
     entries = []
     for config in models:
-        entries.append(_model(config, [examples[kind] for kind in kinds]))
+        entries.append(_model(config, list(examples.values())))
         if progress:
             progress(1)
     return {
@@ -53,13 +57,21 @@ def page_data(models: Sequence[ModelConfig], progress: Callable[[int], None] | N
         "kv_bits": KV_BITS,
         "batches": BATCHES,
         "assumed": _overheads(ASSUMED_PLATFORM),
-        "gpus": [_gpu(gpu, platform, kinds.index(_kind(platform))) for gpu, platform in gpus],
+        "gpus": [_gpu(gpu, platform, kinds.index(_kind(platform, split))) for gpu, platform in gpus],
         "models": entries,
     }
 
 
-def _kind(platform: Platform) -> tuple[int, str]:
-    return platform.workspace.nbytes, platform.attention
+def _kind(platform: Platform, split: bool) -> tuple[object, ...]:
+    """Return all that requests hang on; where no chunk is split on any card, not on their multiprocessors."""
+    sm_count = platform.sm_count if split and platform.attention == "flash" else None
+    return platform.workspace.nbytes, platform.attention, sm_count
+
+
+def _may_split(config: ModelConfig) -> bool:
+    """Whether flash attention splits the shortest chunk of the page's contexts on the largest card."""
+    call = Call(1, _FINE - 1, config.max_context, config.n_heads, config.n_kv_heads, config.head_dim)
+    return splits(call, max(gpu.sm_count for gpu in GPUS)) > 1
 
 
 def _overheads(platform: Platform) -> dict[str, Any]:
