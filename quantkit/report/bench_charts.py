@@ -54,7 +54,9 @@ def roofline(found: Bench) -> Figure:
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set_xlabel("arithmetic intensity: operations for each byte of codes and scales")
     axes.set_ylabel("GFLOP/s")
-    figures = [step * 10**power for power in range(5) for step in (1, 2, 5) if bottom <= step * 10**power <= top]
+    figures = [
+        step * 10**power for power in range(5) for step in (1, 2, 5) if bottom <= step * 10**power <= top
+    ]
     axes.set_yticks(figures, [f"{tick:,}" for tick in figures])
     axes.yaxis.set_minor_formatter(NullFormatter())  # else a narrow axis labels those ticks, too
     axes.legend(loc="lower right", frameon=False)

@@ -5,8 +5,8 @@
 //     MAX_CHUNK, LIMIT    as above
 //     OFFSET              the code that stands for 0, which sums of x take off
 //     PANELS              how many it reads at a time
-//     split(int16_t[8 * blocks], blocks, uint32_t*, stride, int (&sums)[2]): a chunk of x as `dot` reads it, the words of
-//         a block `stride` after those of the one before it, and what its sums add up to
+//     split(int16_t[8 * blocks], blocks, uint32_t*, stride, int (&sums)[2]): a chunk of x as `dot` reads it, a block's
+//         words `stride` after those of the block before, and what its sums add up to
 //     dot<M, N>(codes, panel_bytes, blocks, x, sums, vf[M][N][PARTS]): of N panels, in units of the chunk's scale
 
 constexpr int WORDS = 4;  // of x in a block
@@ -67,9 +67,10 @@ void pack_integers(const Product& p, uint32_t* words, float* scales, int32_t* su
                 const int64_t at = (window * per_window + chunk) * p.m + row;
                 alignas(64) int16_t values[I::MAX_CHUNK] = {};
                 if (inverse > 0)
-                    for (int64_t index = 0; index < stop - start; ++index)
-                        values[index] =
-                            static_cast<int16_t>(static_cast<int>(__builtin_rintf(from_bf16(x[start + index]) * inverse)));
+                    for (int64_t index = 0; index < stop - start; ++index) {
+                        const float nearest = __builtin_rintf(from_bf16(x[start + index]) * inverse);
+                        values[index] = static_cast<int16_t>(static_cast<int>(nearest));
+                    }
                 int totals[2] = {0, 0};
                 I::split(values, (end - start) / BLOCK, words + (start / BLOCK * p.m + row) * WORDS, p.m * WORDS, totals);
                 scales[at] = most < 0x7f80 ? absmax / I::LIMIT : __builtin_nanf("");

@@ -2,7 +2,7 @@
 //
 // The including file opens a namespace and defines, before it includes this:
 //     vf               a vector of LANES floats, with + and *
-//     ROWS_DIRECT      up to so many rows of x, codes are decoded in registers; ROWS_DIRECT_4_BITS, no more: of int4, NF4
+//     ROWS_DIRECT      up to so many rows of x, codes are decoded in registers; of 4 bits, up to ROWS_DIRECT_4_BITS
 //     ROWS_TILE        beyond that, tiles of TILE_PANELS panels are decoded once and meet blocks of so many rows
 //     engines          how codes become factors: see `product` in the isa files
 //
