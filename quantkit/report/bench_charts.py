@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from quantkit.bench.cuda.results import AnyBench
 from quantkit.bench.results import BF16, Bench, Layer, bf16_layers, layers, roof
@@ -60,8 +60,11 @@ def roofline(found: AnyBench) -> Figure:
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set_xlabel("arithmetic intensity: operations for each byte of codes and scales")
     axes.set_ylabel(words.rate)
-    figures = [tick for tick in (1, 10, 100, 1000, 10_000) if bottom <= tick <= top]
+    figures = [
+        step * 10**power for power in range(5) for step in (1, 2, 5) if bottom <= step * 10**power <= top
+    ]
     axes.set_yticks(figures, [f"{tick:,}" for tick in figures])
+    axes.yaxis.set_minor_formatter(NullFormatter())  # else a narrow axis labels those ticks, too
     axes.legend(loc="lower right", frameon=False)
     rows = ", ".join(str(m) for m in dict.fromkeys(layer.m for layer in sums))
     footnote(

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils.dlpack import to_dlpack  # in C: a tensor's own `__dlpack__` costs a small product's time
 
 from quantkit.errors import BackendError
 from quantkit.quantize.nf4 import dynamic_map
@@ -60,7 +61,7 @@ class PackedWeight:
     def device(self) -> torch.device:
         return self.data.device
 
-    @property
+    @cached_property
     def layout(self) -> tuple[str, int, int, int, str, bool]:
         """What describes the bytes to the kernels: kind, N, K, group, dtype of scales, zero points."""
         return _layout_key(self.scheme, self.shape, self.scale_dtype)
@@ -253,9 +254,9 @@ def _packed_linear(
     out = torch.empty(flat.shape[0], rows, dtype=flat.dtype)
     require().multiply(
         _layout(kind, rows, cols, group, scale, zeros),
-        weight,
-        flat,
-        out,
+        to_dlpack(weight),
+        to_dlpack(flat),
+        to_dlpack(out),
         None if bias is None else bias.float(),
         dynamic_map() if scale == "uint8" else None,
         torch.get_num_threads(),
@@ -286,7 +287,9 @@ def _plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty(flat.shape[0], weight.shape[0], dtype=x.dtype)
     wide = None if bias is None else bias.float()
-    require().multiply_plain(weight, flat, out, wide, torch.get_num_threads())
+    require().multiply_plain(
+        to_dlpack(weight), to_dlpack(flat), to_dlpack(out), wide, torch.get_num_threads()
+    )
     return out.view(*x.shape[:-1], weight.shape[0])
 
 

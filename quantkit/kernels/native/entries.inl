@@ -1,7 +1,7 @@
 // What an instruction set offers: see kernels.h.
 
 void product(const Product& p) {
-    if (p.m > ROWS_DIRECT) return many(p);
+    if (p.m > (p.layout->kind == Kind::int8 ? ROWS_DIRECT : ROWS_DIRECT_4_BITS)) return many(p);
 #pragma omp parallel num_threads(p.threads)
     few(p);
 }

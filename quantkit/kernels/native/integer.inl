@@ -5,10 +5,39 @@
 //     MAX_CHUNK, LIMIT    as above
 //     OFFSET              the code that stands for 0, which sums of x take off
 //     PANELS              how many it reads at a time
-//     split(int[BLOCK], uint32_t[WORDS], int (&sums)[2]): a block of x as `dot` reads it, and what its sums add up to
+//     split(int16_t[8 * blocks], blocks, uint32_t*, stride, int (&sums)[2]): a chunk of x as `dot` reads it, a block's
+//         words `stride` after those of the block before, and what its sums add up to
 //     dot<M, N>(codes, panel_bytes, blocks, x, sums, vf[M][N][PARTS]): of N panels, in units of the chunk's scale
 
 constexpr int WORDS = 4;  // of x in a block
+
+// A chunk of x in two planes of bytes, x = 256 * high + low; a plane's bytes are those of columns 0 to 7 of a block, or
+// 0 4 1 5 2 6 3 7: of the low nibbles of int4's words, then of the high ones.
+template <bool NIBBLES, int64_t MOST>
+void split_planes(const int16_t* values, int64_t blocks, uint32_t* words, int64_t stride, int (&sums)[2]) {
+    alignas(64) int8_t planes[2][MOST];
+    int high_sum = 0, low_sum = 0;
+    for (int64_t index = 0; index < blocks * BLOCK; ++index) {
+        const int high = (values[index] + 128) >> 8, low = values[index] - 256 * high;
+        planes[0][index] = static_cast<int8_t>(high);
+        planes[1][index] = static_cast<int8_t>(low);
+        high_sum += high;
+        low_sum += low;
+    }
+    sums[0] += high_sum;
+    sums[1] += low_sum;
+    const auto spread = [](uint64_t bytes) {
+        bytes = (bytes | bytes << 16) & 0x0000ffff0000ffff;
+        return (bytes | bytes << 8) & 0x00ff00ff00ff00ff;
+    };
+    for (int64_t block = 0; block < blocks; ++block, words += stride)
+        for (int plane = 0; plane < 2; ++plane) {
+            uint64_t bytes;
+            std::memcpy(&bytes, planes[plane] + block * BLOCK, BLOCK);
+            if (NIBBLES) bytes = spread(bytes & 0xffffffff) | spread(bytes >> 32) << 8;
+            std::memcpy(words + 2 * plane, &bytes, BLOCK);
+        }
+}
 
 template <class I>
 QUANTKIT_INLINE int64_t chunks_of(int64_t width) {
@@ -36,19 +65,14 @@ void pack_integers(const Product& p, uint32_t* words, float* scales, int32_t* su
                 const float absmax = from_bf16(most);  // where it is not finite, neither is any result
                 const float inverse = absmax > 0 && most < 0x7f80 ? I::LIMIT / absmax : 0;
                 const int64_t at = (window * per_window + chunk) * p.m + row;
-                int totals[2] = {0, 0};
-                for (int64_t column = start; column < end; column += BLOCK) {
-                    alignas(32) float scaled[BLOCK] = {};
-                    if (inverse > 0) {
-                        const int64_t left = stop - column;
-                        for (int index = 0; index < BLOCK; ++index)
-                            if (left >= BLOCK || index < left) scaled[index] = from_bf16(x[column + index]) * inverse;
+                alignas(64) int16_t values[I::MAX_CHUNK] = {};
+                if (inverse > 0)
+                    for (int64_t index = 0; index < stop - start; ++index) {
+                        const float nearest = __builtin_rintf(from_bf16(x[start + index]) * inverse);
+                        values[index] = static_cast<int16_t>(static_cast<int>(nearest));
                     }
-                    int values[BLOCK];
-                    for (int index = 0; index < BLOCK; ++index)
-                        values[index] = static_cast<int>(__builtin_rintf(scaled[index]));
-                    I::split(values, words + (column / BLOCK * p.m + row) * WORDS, totals);
-                }
+                int totals[2] = {0, 0};
+                I::split(values, (end - start) / BLOCK, words + (start / BLOCK * p.m + row) * WORDS, p.m * WORDS, totals);
                 scales[at] = most < 0x7f80 ? absmax / I::LIMIT : __builtin_nanf("");
                 sums[2 * at] = -I::OFFSET * totals[0];
                 sums[2 * at + 1] = -I::OFFSET * totals[1];

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int LANES = 8;
 typedef __m256 vf;
-constexpr int ROWS_DIRECT = 3, ROWS_TILE = 6, TILE_PANELS = 1, TILE_K = 1;
+constexpr int ROWS_DIRECT = 3, ROWS_DIRECT_4_BITS = 3, ROWS_TILE = 6, TILE_PANELS = 1, TILE_K = 1;
 
 template <Kind K>
 QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
@@ -95,18 +95,8 @@ struct Planes {
     static constexpr float LIMIT = 32512, FACTOR = 1;
     static constexpr int OFFSET = 8, PANELS = 1;
 
-    static inline void split(const int* values, uint32_t* words, int (&sums)[2]) {
-        static constexpr int COLUMNS[BLOCK] = {0, 4, 1, 5, 2, 6, 3, 7};  // of a word's low nibbles, then its high ones
-        int8_t planes[2][BLOCK];
-        for (int index = 0; index < BLOCK; ++index) {
-            const int value = values[COLUMNS[index]];
-            const int high = (value + 128) >> 8, low = value - 256 * high;
-            planes[0][index] = static_cast<int8_t>(high);
-            planes[1][index] = static_cast<int8_t>(low);
-            sums[0] += high;
-            sums[1] += low;
-        }
-        std::memcpy(words, planes, sizeof planes);
+    static inline void split(const int16_t* values, int64_t blocks, uint32_t* words, int64_t stride, int (&sums)[2]) {
+        split_planes<true, MAX_CHUNK>(values, blocks, words, stride, sums);
     }
 
     template <int M, int N>
@@ -171,9 +161,10 @@ struct Pairs {
     };
     static const Table TABLE;
 
-    static inline void split(const int* values, uint32_t* words, int (&)[2]) {
-        for (int index = 0; index < WORDS; ++index)
-            words[index] = (static_cast<uint32_t>(values[index]) & 0xffff) | static_cast<uint32_t>(values[index + 4]) << 16;
+    static inline void split(const int16_t* values, int64_t blocks, uint32_t* words, int64_t stride, int (&)[2]) {
+        for (int64_t block = 0; block < blocks; ++block, values += BLOCK, words += stride)
+            for (int index = 0; index < WORDS; ++index)
+                words[index] = static_cast<uint16_t>(values[index]) | static_cast<uint32_t>(values[index + 4]) << 16;
     }
 
     template <int M, int N>

@@ -14,7 +14,7 @@ namespace {
 
 #include "lanes512.inl"
 
-constexpr int ROWS_DIRECT = 4, ROWS_TILE = 12, TILE_PANELS = 2, TILE_K = 1;
+constexpr int ROWS_DIRECT = 8, ROWS_DIRECT_4_BITS = 6, ROWS_TILE = 12, TILE_PANELS = 2, TILE_K = 1;
 
 #include "product.inl"
 
@@ -34,30 +34,18 @@ struct Planes {
     static constexpr float LIMIT = 32512, FACTOR = 1;
     static constexpr int OFFSET = K == Kind::int8 ? 128 : 8, PANELS = 4;
 
-    static inline void split(const int* values, uint32_t* words, int (&sums)[2]) {
-        // as the bytes of a word of int8 codes, or the nibbles of int4's: low ones, then high ones
-        static constexpr int COLUMNS[2][8] = {{0, 1, 2, 3, 4, 5, 6, 7}, {0, 4, 1, 5, 2, 6, 3, 7}};
-        int8_t planes[2][BLOCK];
-        for (int index = 0; index < BLOCK; ++index) {
-            const int value = values[COLUMNS[K == Kind::int4][index]];
-            const int high = (value + 128) >> 8, low = value - 256 * high;
-            planes[0][index] = static_cast<int8_t>(high);
-            planes[1][index] = static_cast<int8_t>(low);
-            sums[0] += high;
-            sums[1] += low;
-        }
-        std::memcpy(words, planes, sizeof planes);
+    static inline void split(const int16_t* values, int64_t blocks, uint32_t* words, int64_t stride, int (&sums)[2]) {
+        split_planes<K == Kind::int4, MAX_CHUNK>(values, blocks, words, stride, sums);
     }
 
     template <int M, int N>
     static QUANTKIT_INLINE void dot(const uint8_t* codes, int64_t panel_bytes, int64_t blocks, const uint32_t* x,
                                     const int32_t* sums, vf (&out)[M][N][PARTS]) {
-        __m512i total[2][2][M][N];  // planes, halves of a block
+        __m512i total[2][M][N];  // planes
         unroll<M>(EACH(row) {
             unroll<2>(EACH(plane) {
                 unroll<N>(EACH(n) {
-                    total[plane][0][row][n] = _mm512_set1_epi32(sums[2 * row + plane]);
-                    total[plane][1][row][n] = _mm512_setzero_si512();
+                    total[plane][row][n] = _mm512_set1_epi32(sums[2 * row + plane]);
                 });
             });
         });
@@ -75,13 +63,12 @@ struct Planes {
                     halves[1][n] = _mm512_and_si512(_mm512_srli_epi32(words, 4), nibble);
                 }
             });
-            unroll<2>(EACH(plane) {
-                unroll<2>(EACH(half) {
+            unroll<2>(EACH(half) {
+                unroll<2>(EACH(plane) {
                     unroll<M>(EACH(row) {
                         const __m512i word = _mm512_set1_epi32(static_cast<int>(x[row * WORDS + 2 * plane + half]));
                         unroll<N>(EACH(n) {
-                            total[plane][half][row][n] =
-                                _mm512_dpbusd_epi32(total[plane][half][row][n], halves[half][n], word);
+                            total[plane][row][n] = _mm512_dpbusd_epi32(total[plane][row][n], halves[half][n], word);
                         });
                     });
                 });
@@ -91,9 +78,8 @@ struct Planes {
         }
         unroll<M>(EACH(row) {
             unroll<N>(EACH(n) {
-                const __m512i high = _mm512_add_epi32(total[0][0][row][n], total[0][1][row][n]);
-                const __m512i low = _mm512_add_epi32(total[1][0][row][n], total[1][1][row][n]);
-                out[row][n][0] = _mm512_cvtepi32_ps(high) * 256.0f + _mm512_cvtepi32_ps(low);
+                out[row][n][0] =
+                    _mm512_cvtepi32_ps(total[0][row][n]) * 256.0f + _mm512_cvtepi32_ps(total[1][row][n]);
             });
         });
     }

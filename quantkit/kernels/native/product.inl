@@ -2,7 +2,7 @@
 //
 // The including file opens a namespace and defines, before it includes this:
 //     vf               a vector of LANES floats, with + and *
-//     ROWS_DIRECT      up to so many rows of x, codes are decoded in registers
+//     ROWS_DIRECT      up to so many rows of x, codes are decoded in registers; of 4 bits, up to ROWS_DIRECT_4_BITS
 //     ROWS_TILE        beyond that, tiles of TILE_PANELS panels are decoded once and meet blocks of so many rows
 //     engines          how codes become factors: see `product` in the isa files
 //
@@ -403,10 +403,12 @@ void direct_rows(const Product& p) {
     float* sums = l.zeros ? static_cast<float*>(scratch<4>(p.m * l.windows * sizeof(float))) : nullptr;
     pack_block<E>(p, 0, p.m, x);
     if (l.zeros) window_sums(p, 0, p.m, sums);
-    each_panel<LANES == 16 ? 4 : 2>(l.panels, [&](auto count, int64_t panel) {
+    const auto run = [&](auto count, int64_t panel) {
         constexpr int N = decltype(count)::value;
         direct_of<E, N>(p.m, std::make_index_sequence<ROWS_DIRECT>())(p, panel, x, sums);
-    });
+    };
+    if (LANES == 16 && p.m <= 4) each_panel<4>(l.panels, run);
+    else each_panel<2>(l.panels, run);
 }
 
 // Any number of rows.
