@@ -219,7 +219,8 @@ class Step:
             "BLOCK": self._block,
             "INTERPRET": INTERPRETED,
             "num_warps": 4,
-            "num_stages": 2 if self.groups > 1 else 3,  # scales of several groups take registers, too
+            # scales of several groups take registers, and so do the addresses of narrow words
+            "num_stages": 2 if self.groups > 1 or per == 2 else 3,
             "enable_fp_fusion": True,
         }
 

@@ -53,7 +53,7 @@ class Tuning:
     vector: frozenset[str] = frozenset(KINDS)
     vector_programs: int = 512
     vector_rows: int = 64
-    vector_unroll: int = 4
+    vector_unroll: int = 2
     vector_warps: int = 4
     dequantize_rows: int = 64
     dequantize_warps: int = 4
@@ -79,8 +79,7 @@ _HOPPER = Tuning(
         "int4": (
             Batch(1, rows=64, warps=2, stages=3, programs=528),
             Batch(32, rows=128, warps=4, stages=4, programs=528),
-            Batch(64, rows=128, warps=4, stages=3, programs=264),
-            Batch(128, rows=128, warps=4, stages=3, programs=264),
+            Batch(64, rows=128, warps=8, stages=3, programs=264),
             Batch(256, rows=128, warps=8, stages=3, programs=132),
         ),
         "int4-asym": (
@@ -99,13 +98,16 @@ _HOPPER = Tuning(
 
 # by compute capability; a GPU takes the newest that is not newer than it
 FAMILIES = {
-    75: Tuning({}, vector_programs=256),  # Triton has no tensor cores before 8.0
-    80: Tuning(_alike(Batch(32, rows=64, warps=4, stages=4), Batch(64, rows=128, warps=8, stages=2))),
+    75: Tuning({}, vector_programs=256, vector_rows=32),  # Triton has no tensor cores before 8.0
+    80: Tuning(
+        _alike(Batch(32, rows=64, warps=4, stages=4), Batch(64, rows=128, warps=8, stages=2))
+        | {"int4-asym": (Batch(32, rows=64, warps=8, stages=4), Batch(64, rows=128, warps=8, stages=2))}
+    ),
     86: Tuning(_alike(Batch(32, rows=64, warps=4, stages=3, programs=384), Batch(64, 128, 8, 2, 384))),
     89: Tuning(_alike(Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
     90: _HOPPER,
     100: Tuning({}),  # what Triton makes of `batch_kernel` for these tensor cores was not looked into
-    120: Tuning(_alike(Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
+    120: Tuning(_alike(Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=64, warps=8, stages=2))),
 }
 HOPPER = 90
 
