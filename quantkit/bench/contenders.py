@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from quantkit.tensor import QuantizedTensor
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -28,3 +30,14 @@ def rotating(
     first = make()
     count = max(2, -(-away_bytes // first.nbytes))
     return Contender([first, *(make() for _ in range(count - 1))], multiply)
+
+
+def torch_int8(weight: QuantizedTensor, away_bytes: int) -> Contender:
+    """Return torch's kernel for int8 with a scale for each row, which CPUs and GPUs have alike."""
+    codes = (weight.codes ^ 0x80).view(torch.int8)  # from offset binary
+    scales = weight.scales.view(-1)
+
+    def multiply(x: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten._weight_int8pack_mm(x, copy, scales)
+
+    return rotating(codes.clone, away_bytes, multiply)

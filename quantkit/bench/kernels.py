@@ -14,7 +14,7 @@ from statistics import median
 
 import torch
 
-from quantkit.bench.contenders import Contender, rotating
+from quantkit.bench.contenders import Contender, rotating, torch_int8
 from quantkit.bench.machine import Roof
 from quantkit.bench.random_weights import random_quantized
 from quantkit.bench.results import BF16, OURS, Cell
@@ -126,7 +126,7 @@ def contenders(weight: QuantizedTensor, away_bytes: int) -> dict[str, Contender]
         found["bitsandbytes"] = _bitsandbytes(weight, away_bytes)
     if scheme.method == "int" and scheme.symmetric:
         if scheme.bits == 8 and hasattr(torch.ops.aten, "_weight_int8pack_mm"):
-            found["torch int8pack"] = _torch_int8(weight, away_bytes)
+            found["torch int8pack"] = torch_int8(weight, away_bytes)
         whole = scheme.group in _TORCH_GROUPS and cols % scheme.group == 0
         if scheme.bits == 4 and whole and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
             found["torch int4pack"] = _torch_int4(weight, away_bytes)
@@ -136,16 +136,6 @@ def contenders(weight: QuantizedTensor, away_bytes: int) -> dict[str, Contender]
 def _copy(weight: QuantizedTensor) -> QuantizedTensor:
     parts = {name: part.clone() for name, part in weight.parts().items()}
     return QuantizedTensor(weight.scheme, weight.shape, **parts)
-
-
-def _torch_int8(weight: QuantizedTensor, away_bytes: int) -> Contender:
-    codes = (weight.codes ^ 0x80).view(torch.int8)  # from offset binary
-    scales = weight.scales.view(-1)
-
-    def multiply(x: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten._weight_int8pack_mm(x, copy, scales)
-
-    return rotating(codes.clone, away_bytes, multiply)
 
 
 def _torch_int4(weight: QuantizedTensor, away_bytes: int) -> Contender:

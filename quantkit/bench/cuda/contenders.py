@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
-from quantkit.bench.contenders import Contender, rotating
+from quantkit.bench.contenders import Contender, rotating, torch_int8
 from quantkit.bench.cuda.results import BITSANDBYTES, DEQUANTIZE
 from quantkit.bench.results import BF16, OURS
 from quantkit.kernels import ops, reference, triton
@@ -46,7 +46,7 @@ def builders(weight: QuantizedTensor, backend: str, away_bytes: int) -> dict[str
     if scheme.method == "nf4" and find_spec("bitsandbytes"):
         found[BITSANDBYTES] = lambda: _bitsandbytes(weight, away_bytes)
     if scheme.method == "int" and scheme.symmetric and scheme.bits == 8:
-        found[INT8] = lambda: _torch_int8(weight, away_bytes)
+        found[INT8] = lambda: torch_int8(weight, away_bytes)
     if scheme.method == "int" and scheme.symmetric and scheme.bits == 4 and scheme.group in _INT4_GROUPS:
         found[INT4] = lambda: _torch_int4(weight, away_bytes)
     return found
@@ -65,16 +65,6 @@ def dequantize(weight: ops.Prepared, dtype: torch.dtype) -> torch.Tensor:
 
 def _dequantize_and_multiply(x: torch.Tensor, weight: ops.Prepared) -> torch.Tensor:
     return torch.nn.functional.linear(x, dequantize(weight, x.dtype))
-
-
-def _torch_int8(weight: QuantizedTensor, away_bytes: int) -> Contender:
-    codes = (weight.codes ^ 0x80).view(torch.int8)  # from offset binary
-    scales = weight.scales.view(-1)
-
-    def multiply(x: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten._weight_int8pack_mm(x, copy, scales)
-
-    return rotating(codes.clone, away_bytes, multiply)
 
 
 def _torch_int4(weight: QuantizedTensor, away_bytes: int) -> Contender:

@@ -8,10 +8,10 @@ An integer code becomes a float32 without a conversion instruction: its bits are
 two, which is subtracted together with the zero point. All of that is exact. The bits of the power come as an argument,
 `POWER`: a mask and a value in a register make one instruction, where two constants would make two.
 
-A code of NF4 indexes the codebook in global memory: 64 bytes, a line that stays in L1, where lanes that want the same
-entry share one access. Selecting among 16 constants would take 15 instructions a weight. The load is written in PTX:
-for one of its own Triton chooses a layout, and moves every operand to it through shared memory. The interpreter knows
-no PTX; INTERPRET takes the plain load.
+But for tensor cores, whose operands `unpack_ptx.py` makes, a code of NF4 indexes the codebook in global memory: 64
+bytes, a line that stays in L1, where lanes that want the same entry share one access. Selecting among 16 constants
+would take 15 instructions a weight. The load is written in PTX: for one of its own Triton chooses a layout, and
+moves every operand to it through shared memory. The interpreter knows no PTX; INTERPRET takes the plain load.
 
 Nothing depends on the order in which programs run: where K is split, sums go to a workspace, and `sum_kernel` adds
 them in the order of K.
@@ -208,14 +208,9 @@ def _pieces(
     else:
         halves = tl.load(codes.to(tl.pointer_type(tl.int16)) + 2 * at + tl.arange(0, _SPAN)[None, :])
         if like == tl.bfloat16:
-            if NF4:
+            if BITS == 4:
                 pieces = tl.inline_asm_elementwise(
-                    _NF4, _FROM_4_BITS, [halves], is_pure=True, pack=2,
-                    dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-                )  # fmt: skip
-            elif BITS == 4:
-                pieces = tl.inline_asm_elementwise(
-                    _INT4_BF16, _FROM_4_BITS, [halves], is_pure=True, pack=2,
+                    _NF4 if NF4 else _INT4_BF16, _FROM_4_BITS, [halves], is_pure=True, pack=2,
                     dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
                 )  # fmt: skip
             else:
@@ -223,14 +218,9 @@ def _pieces(
                     _INT8_BF16, _FROM_8_BITS, [halves], is_pure=True, pack=2, dtype=(tl.bfloat16, tl.bfloat16)
                 )
         else:
-            if NF4:
+            if BITS == 4:
                 pieces = tl.inline_asm_elementwise(
-                    _NF4, _FROM_4_BITS, [halves], is_pure=True, pack=2,
-                    dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-                )  # fmt: skip
-            elif BITS == 4:
-                pieces = tl.inline_asm_elementwise(
-                    _INT4_FP16, _FROM_4_BITS, [halves], is_pure=True, pack=2,
+                    _NF4 if NF4 else _INT4_FP16, _FROM_4_BITS, [halves], is_pure=True, pack=2,
                     dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
                 )  # fmt: skip
             else:

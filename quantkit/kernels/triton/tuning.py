@@ -72,7 +72,6 @@ _HOPPER = Tuning(
         "int8": (
             Batch(1, rows=64, warps=2, stages=4, programs=528),
             Batch(32, rows=64, warps=4, stages=4, programs=528),
-            Batch(64, rows=128, warps=4, stages=3, programs=264),
             Batch(128, rows=128, warps=4, stages=3, programs=264),
             Batch(256, rows=128, warps=8, stages=3, programs=132),
         ),
@@ -89,7 +88,6 @@ _HOPPER = Tuning(
         "nf4": (
             Batch(1, rows=64, warps=2, stages=3, programs=528),
             Batch(32, rows=128, warps=4, stages=4, programs=264),
-            Batch(64, rows=128, warps=4, stages=3, programs=264),
             Batch(128, rows=128, warps=4, stages=3, programs=264),
         ),
     },
