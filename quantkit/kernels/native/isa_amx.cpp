@@ -14,7 +14,7 @@ namespace {
 
 #include "lanes512.inl"
 
-constexpr int ROWS_DIRECT = 4, ROWS_TILE = 1, TILE_PANELS = 1, TILE_K = 1;
+constexpr int ROWS_DIRECT = 4, ROWS_TILE = 1, STRIP_PANELS = 1;
 
 #include "product.inl"
 

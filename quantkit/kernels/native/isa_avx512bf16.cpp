@@ -14,7 +14,7 @@ namespace {
 
 #include "lanes512.inl"
 
-constexpr int ROWS_DIRECT = 8, ROWS_DIRECT_4_BITS = 6, ROWS_TILE = 12, TILE_PANELS = 2, TILE_K = 1;
+constexpr int ROWS_DIRECT = 8, ROWS_DIRECT_4_BITS = 6, ROWS_TILE = 12, STRIP_PANELS = 2;
 
 #include "product.inl"
 

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int LANES = 4;
 typedef float vf __attribute__((vector_size(4 * LANES)));
-constexpr int ROWS_DIRECT = 2, ROWS_DIRECT_4_BITS = 2, ROWS_TILE = 2, TILE_PANELS = 1, TILE_K = 1;
+constexpr int ROWS_DIRECT = 2, ROWS_DIRECT_4_BITS = 2, ROWS_TILE = 2, STRIP_PANELS = 1;
 
 template <Kind K>
 QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);

@@ -4,6 +4,7 @@
 #include "decode.h"
 #include "isa.h"
 #include "layout.h"
+#include "pages.h"
 #include "quantize.h"
 
 #define QUANTKIT_KERNELS(ISA)            \

@@ -1,12 +1,11 @@
-// Memory itself: advice about its pages, filling it from files, and how fast it can be read, which is the line that a kernel that streams
-// weights is held to. No single way of reading is the fastest on every machine, so there are several, and the caller
-// takes the best.
+// Memory itself: advice about its pages, filling it from files, and how fast it can be read, which is the line that a
+// kernel that streams weights is held to. No single way of reading is the fastest on every machine, so there are
+// several, and the caller takes the best.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -17,6 +16,7 @@
 
 #include "arrays.h"
 #include "bindings.h"
+#include "pages.h"
 
 namespace nb = nanobind;
 
@@ -105,19 +105,9 @@ uint64_t read_buffer(const Array& buffer, const std::string& name, int threads) 
     return total;
 }
 
-// Asks for huge pages in the buffer, or forbids them; true where the system takes the advice. Only pages that have
-// not been touched yet are sure to follow it.
-bool advise_huge_pages(const Array& buffer, bool wanted) {
+bool advise(const Array& buffer, bool wanted) {
     check(buffer, "buffer", {nb::dtype<uint8_t>()});
-#if defined(MADV_HUGEPAGE) && defined(MADV_NOHUGEPAGE)
-    const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-    const auto address = reinterpret_cast<std::uintptr_t>(buffer.data());
-    const auto first = (address + page - 1) / page * page, last = (address + buffer.size()) / page * page;
-    return last > first &&
-           madvise(reinterpret_cast<void*>(first), last - first, wanted ? MADV_HUGEPAGE : MADV_NOHUGEPAGE) == 0;
-#else
-    return static_cast<void>(wanted), false;
-#endif
+    return advise_huge_pages(buffer.data(), buffer.size(), wanted);
 }
 
 // Fills `out` from byte `offset` of an open file on, by all threads; returns the bytes that the file had.
@@ -164,5 +154,5 @@ void bind_memory(nb::module_& module) {
     module.def("read", &read_buffer, nb::arg("buffer").noconvert(), nb::arg("reader"), nb::arg("threads"));
     module.def("read_file", &read_file, nb::arg("file"), nb::arg("offset"), nb::arg("out").noconvert(),
                nb::arg("threads"));
-    module.def("advise_huge_pages", &advise_huge_pages, nb::arg("buffer").noconvert(), nb::arg("wanted"));
+    module.def("advise_huge_pages", &advise, nb::arg("buffer").noconvert(), nb::arg("wanted"));
 }

@@ -3,7 +3,7 @@
 // The including file opens a namespace and defines, before it includes this:
 //     vf               a vector of LANES floats, with + and *
 //     ROWS_DIRECT      up to so many rows of x, codes are decoded in registers; of 4 bits, up to ROWS_DIRECT_4_BITS
-//     ROWS_TILE        beyond that, tiles of TILE_PANELS panels are decoded once and meet blocks of so many rows
+//     ROWS_TILE        beyond that, strips of STRIP_PANELS panels are decoded once and meet blocks of so many rows
 //     engines          how codes become factors: see `product` in the isa files
 //
 // An engine has:
@@ -19,8 +19,11 @@ constexpr int PARTS = PANEL / LANES;
 // Prefetches one of N streams into the second-level cache, far enough ahead that memory is hardly waited for.
 template <int N>
 QUANTKIT_INLINE void prefetch(const uint8_t* codes) { __builtin_prefetch(codes + 8192 / N, 0, 2); }
-constexpr int64_t TILE_UNITS = 128 * TILE_K;
-constexpr int64_t MAX_ROWS = 512;  // of x that share a pass over the weights
+constexpr int64_t STRIP_UNITS = 128;
+constexpr int64_t TILE_STRIPS = 4;  // that meet a block of x together
+constexpr int64_t TILES_OF_THREAD = 16;  // fewer would leave some threads waiting for others
+constexpr int64_t MAX_ROWS = 512, MIN_ROWS = 64;  // of x that share a pass over the weights,
+constexpr int64_t X_BYTES = int64_t(8) << 20;      // which a cache should hold for all tiles
 
 // f(0), f(1), ... f(N - 1), unrolled before the compiler looks for arrays that can live in registers.
 #define EACH(index) [&](auto index) __attribute__((always_inline))
@@ -44,12 +47,14 @@ void* scratch(std::size_t bytes) {
     thread_local Kept kept;
     if (kept.size < bytes) {
         std::free(kept.data);
-        kept.size = (bytes + 4095) / 4096 * 4096;
-        kept.data = std::aligned_alloc(64, kept.size);
+        const std::size_t page = bytes < HUGE_PAGE ? 4096 : HUGE_PAGE;
+        kept.size = (bytes + page - 1) / page * page;
+        kept.data = std::aligned_alloc(page, kept.size);
         if (kept.data == nullptr) {
             kept.size = 0;
             std::abort();
         }
+        if (page == HUGE_PAGE) advise_huge_pages(kept.data, kept.size, true);
     }
     return kept.data;
 }
@@ -165,7 +170,7 @@ inline void store(const Product& p, int64_t panel, int64_t row, const float* tot
     }
 }
 
-// Rows of x in blocks of nearly equal size, each interleaved so that a kernel reads it in one stream.
+// Rows of x in blocks of nearly equal size.
 struct Blocks {
     int64_t rows, count;
     Blocks(int64_t m, int64_t most) : rows(m), count((m + most - 1) / most) {}
@@ -173,26 +178,40 @@ struct Blocks {
     int64_t size(int64_t block) const { return start(block + 1) - start(block); }
 };
 
-template <class E>
-void pack_block(const Product& p, int64_t first, int64_t rows, typename E::X* out) {
-    const Layout& l = *p.layout;
-    const int64_t blocks = l.padded_cols / BLOCK;
-    for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t block = 0; block < blocks; ++block) {
-            typename E::X units[E::UNITS];
-            const int64_t left = l.cols - block * BLOCK;
-            if (E::TAKES_BF16 && left >= BLOCK) {
-                const auto* x = static_cast<const uint16_t*>(p.x) + (first + row) * l.cols + block * BLOCK;
-                std::memcpy(units, x, sizeof units);
-            } else {
-                alignas(32) float values[BLOCK];
-                for (int64_t column = 0; column < BLOCK; ++column)
-                    values[column] = column < left ? element(p, first + row, block * BLOCK + column) : 0.0f;
-                E::pack(values, units);
-            }
-            for (int unit = 0; unit < E::UNITS; ++unit) out[(block * E::UNITS + unit) * rows + row] = units[unit];
-        }
+// Calls f(window, first, count) for chunks of at most STRIP_UNITS units, none of which crosses a window.
+template <class E, class F>
+QUANTKIT_INLINE void each_chunk(const Layout& l, F&& f) {
+    for (int64_t window = 0; window < l.windows; ++window) {
+        const int64_t units = l.width(window) / BLOCK * E::UNITS, first = window * (l.window / BLOCK) * E::UNITS;
+        for (int64_t unit = 0; unit < units; unit += STRIP_UNITS)
+            f(window, first + unit, units - unit < STRIP_UNITS ? units - unit : STRIP_UNITS);
     }
+}
+
+// x as kernels read it, in one stream: chunk by chunk, block by block, unit by unit, row by row. Packs rows `start` to
+// `start + rows`, a block of `total` rows that begin at row `first` of x.
+template <class E>
+void pack_block(const Product& p, int64_t first, int64_t start, int64_t rows, int64_t total, typename E::X* out) {
+    const Layout& l = *p.layout;
+    each_chunk<E>(l, [&](int64_t, int64_t unit, int64_t units) {
+        typename E::X* chunk = out + unit * total + start * units;
+        const int64_t blocks = units / E::UNITS, column = unit / E::UNITS * BLOCK;
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t block = 0; block < blocks; ++block) {
+                typename E::X values[E::UNITS];
+                const int64_t at = column + block * BLOCK, left = l.cols - at;
+                if (E::TAKES_BF16 && left >= BLOCK) {
+                    std::memcpy(values, static_cast<const uint16_t*>(p.x) + (first + start + row) * l.cols + at,
+                                sizeof values);
+                } else {
+                    alignas(32) float wide[BLOCK];
+                    for (int64_t index = 0; index < BLOCK; ++index)
+                        wide[index] = index < left ? element(p, first + start + row, at + index) : 0.0f;
+                    E::pack(wide, values);
+                }
+                for (int unit = 0; unit < E::UNITS; ++unit) chunk[(block * E::UNITS + unit) * rows + row] = values[unit];
+            }
+    });
 }
 
 // Sums of each row's windows (m, windows): what zero points multiply.
@@ -285,16 +304,17 @@ void direct(const Product& p, int64_t first, const typename E::X* x, const float
     store_totals(p, first, totals);
 }
 
-// A decoded tile by M rows: totals (M, TILE_PANELS * 16) += scales * (tile x).
+// A decoded strip by M rows: totals (M, STRIP_PANELS * 16) += scales * (strip x).
 template <class E, int M>
-void micro(const typename E::W* tile, const typename E::X* x, int64_t units, const vf* scales, float* totals) {
-    constexpr int WIDTH = TILE_PANELS * PARTS;
+void micro(const typename E::W* strip, const typename E::X* x, int64_t units, const vf* scales, float* totals) {
+    constexpr int WIDTH = STRIP_PANELS * PARTS;
     vf sum[M][WIDTH] = {};
+#pragma GCC unroll 4
     for (int64_t unit = 0; unit < units; ++unit) {
         unroll<M>(EACH(row) {
-            unroll<WIDTH>(EACH(part) { sum[row][part] = E::fma(sum[row][part], tile[part], x[row]); });
+            unroll<WIDTH>(EACH(part) { sum[row][part] = E::fma(sum[row][part], strip[part], x[row]); });
         });
-        tile += WIDTH;
+        strip += WIDTH;
         x += M;
     }
     unroll<M>(EACH(row) {
@@ -315,65 +335,72 @@ Micro<E> micro_of(int64_t rows, std::index_sequence<I...>) {
     return kernels[rows - 1];
 }
 
-// TILE_PANELS panels by up to MAX_ROWS rows.
+// A tile of up to TILE_STRIPS strips by up to MAX_ROWS rows: each block of x is read once for all of them.
 template <class E>
-void tiled(const Product& p, int64_t first, const Blocks& blocks, const typename E::X* x, const float* sums,
-           int64_t first_row) {
+void tiled(const Product& p, int64_t first, int64_t panels, const Blocks& blocks, const typename E::X* x,
+           const float* sums, int64_t first_row) {
     const Layout& l = *p.layout;
-    constexpr int64_t WIDTH = TILE_PANELS * PANEL, STEP = TILE_PANELS * PARTS;
-    const int64_t count = l.panels - first < TILE_PANELS ? l.panels - first : TILE_PANELS;
-    const int64_t units_of_row = l.padded_cols / BLOCK * E::UNITS;
-    auto* tile = static_cast<typename E::W*>(scratch<1>(TILE_UNITS * STEP * sizeof(typename E::W)));
-    float* totals = static_cast<float*>(scratch<2>(blocks.rows * WIDTH * sizeof(float)));
-    std::memset(totals, 0, blocks.rows * WIDTH * sizeof(float));
-    if (count < TILE_PANELS) std::memset(static_cast<void*>(tile), 0, TILE_UNITS * STEP * sizeof(typename E::W));
+    constexpr int64_t WIDTH = STRIP_PANELS * PANEL, STEP = STRIP_PANELS * PARTS;
+    constexpr int64_t STRIP_BYTES = STRIP_UNITS * STEP * sizeof(typename E::W);
+    const int64_t count = l.panels - first < panels ? l.panels - first : panels;
+    const int64_t strips = (count + STRIP_PANELS - 1) / STRIP_PANELS;
+    auto* decoded = static_cast<typename E::W*>(scratch<1>(strips * STRIP_BYTES));
+    float* totals = static_cast<float*>(scratch<2>(strips * blocks.rows * WIDTH * sizeof(float)));
+    std::memset(totals, 0, strips * blocks.rows * WIDTH * sizeof(float));
+    if (count % STRIP_PANELS != 0) std::memset(static_cast<void*>(decoded), 0, strips * STRIP_BYTES);
 
     int64_t codes_at = 0;
-    vf scales[STEP] = {}, zeros[STEP] = {};
+    vf scales[TILE_STRIPS * STEP] = {}, zeros[TILE_STRIPS * STEP] = {};
     for (int64_t group = 0; group < l.groups; ++group) {
         const int64_t window = group >> l.repeat_bits;
         const int64_t window_blocks = l.width(window) / BLOCK;
-        for (int panel = 0; panel < count; ++panel) {
+        for (int64_t panel = 0; panel < count; ++panel) {
             const uint8_t* bytes = p.weight + (first + panel) * l.panel_bytes;
             load_scales<E>(p, bytes, group, scales + panel * PARTS);
             if (l.zeros) {
                 load_zeros(l, bytes, group, zeros + panel * PARTS);
-                for (int part = panel * PARTS; part < (panel + 1) * PARTS; ++part) zeros[part] = zeros[part] * scales[part];
+                for (int64_t part = panel * PARTS; part < (panel + 1) * PARTS; ++part)
+                    zeros[part] = zeros[part] * scales[part];
             }
         }
-        for (int64_t block = 0; block < window_blocks; block += TILE_UNITS / E::UNITS) {
-            const int64_t most = TILE_UNITS / E::UNITS;
+        for (int64_t block = 0; block < window_blocks; block += STRIP_UNITS / E::UNITS) {
+            const int64_t most = STRIP_UNITS / E::UNITS;
             const int64_t now = window_blocks - block < most ? window_blocks - block : most;
             for (int64_t panel = 0; panel < count; ++panel) {
                 const uint8_t* codes = p.weight + (first + panel) * l.panel_bytes + codes_at;
+                auto* to = decoded + panel / STRIP_PANELS * STRIP_UNITS * STEP + panel % STRIP_PANELS * PARTS;
                 for (int64_t at = 0; at < now; ++at) {
                     typename E::W weights[E::UNITS][PARTS];
                     __builtin_prefetch(codes + at * E::BYTES + 1024);
                     E::decode(codes + at * E::BYTES, weights);
                     for (int unit = 0; unit < E::UNITS; ++unit)
                         for (int part = 0; part < PARTS; ++part)
-                            tile[(at * E::UNITS + unit) * STEP + panel * PARTS + part] = weights[unit][part];
+                            to[(at * E::UNITS + unit) * STEP + part] = weights[unit][part];
                 }
             }
             codes_at += now * E::BYTES;
-            const int64_t unit = (window * (l.window / BLOCK) + block) * E::UNITS;
+            const int64_t unit = (window * (l.window / BLOCK) + block) * E::UNITS, units = now * E::UNITS;
             for (int64_t b = 0; b < blocks.count; ++b) {
                 const int64_t start = blocks.start(b), rows = blocks.size(b);
-                micro_of<E>(rows, std::make_index_sequence<ROWS_TILE>())(
-                    tile, x + start * units_of_row + unit * rows, now * E::UNITS, scales, totals + start * WIDTH);
+                const auto run = micro_of<E>(rows, std::make_index_sequence<ROWS_TILE>());
+                for (int64_t strip = 0; strip < strips; ++strip)
+                    run(decoded + strip * STRIP_UNITS * STEP, x + unit * blocks.rows + start * units, units,
+                        scales + strip * STEP, totals + (strip * blocks.rows + start) * WIDTH);
             }
         }
         if (l.zeros)
-            for (int64_t row = 0; row < blocks.rows; ++row)
-                for (int64_t part = 0; part < STEP; ++part) {
-                    float* at = totals + row * WIDTH + part * LANES;
-                    const vf rest = load(at) - zeros[part] * sums[row * l.windows + window];
-                    std::memcpy(at, &rest, sizeof rest);
-                }
+            for (int64_t strip = 0; strip < strips; ++strip)
+                for (int64_t row = 0; row < blocks.rows; ++row)
+                    for (int64_t part = 0; part < STEP; ++part) {
+                        float* at = totals + (strip * blocks.rows + row) * WIDTH + part * LANES;
+                        const vf rest = load(at) - zeros[strip * STEP + part] * sums[row * l.windows + window];
+                        std::memcpy(at, &rest, sizeof rest);
+                    }
     }
     for (int64_t panel = 0; panel < count; ++panel)
         for (int64_t row = 0; row < blocks.rows; ++row)
-            store(p, first + panel, first_row + row, totals + row * WIDTH + panel * PANEL);
+            store(p, first + panel, first_row + row,
+                  totals + (panel / STRIP_PANELS * blocks.rows + row) * WIDTH + panel % STRIP_PANELS * PANEL);
 }
 
 template <class E, int N, std::size_t... I>
@@ -401,7 +428,7 @@ void direct_rows(const Product& p) {
     const Layout& l = *p.layout;
     auto* x = static_cast<typename E::X*>(scratch<3>(p.m * l.padded_cols / BLOCK * E::UNITS * sizeof(typename E::X)));
     float* sums = l.zeros ? static_cast<float*>(scratch<4>(p.m * l.windows * sizeof(float))) : nullptr;
-    pack_block<E>(p, 0, p.m, x);
+    pack_block<E>(p, 0, 0, p.m, p.m, x);
     if (l.zeros) window_sums(p, 0, p.m, sums);
     const auto run = [&](auto count, int64_t panel) {
         constexpr int N = decltype(count)::value;
@@ -416,8 +443,12 @@ template <class E>
 void tiled_rows(const Product& p) {
     const Layout& l = *p.layout;
     const int64_t units = l.padded_cols / BLOCK * E::UNITS;
-    for (int64_t first = 0; first < p.m; first += MAX_ROWS) {
-        const int64_t rows = p.m - first < MAX_ROWS ? p.m - first : MAX_ROWS;
+    int64_t panels = TILE_STRIPS * STRIP_PANELS;  // of a tile
+    while (panels > STRIP_PANELS && l.panels < panels * TILES_OF_THREAD * p.threads) panels /= 2;
+    const int64_t held = X_BYTES / (units * static_cast<int64_t>(sizeof(typename E::X)));
+    const Blocks passes(p.m, held < MIN_ROWS ? MIN_ROWS : held < MAX_ROWS ? held : MAX_ROWS);
+    for (int64_t pass = 0; pass < passes.count; ++pass) {
+        const int64_t first = passes.start(pass), rows = passes.size(pass);
         const Blocks blocks(rows, ROWS_TILE);
         auto* x = static_cast<typename E::X*>(scratch<5>(rows * units * sizeof(typename E::X)));
         float* sums = l.zeros ? static_cast<float*>(scratch<6>(rows * l.windows * sizeof(float))) : nullptr;
@@ -426,12 +457,12 @@ void tiled_rows(const Product& p) {
 #pragma omp for schedule(static)
             for (int64_t block = 0; block < blocks.count; ++block) {
                 const int64_t start = blocks.start(block), size = blocks.size(block);
-                pack_block<E>(p, first + start, size, x + start * units);
+                pack_block<E>(p, first, start, size, rows, x);
                 if (l.zeros) window_sums(p, first + start, size, sums + start * l.windows);
             }
 #pragma omp for schedule(dynamic)
-            for (int64_t panel = 0; panel < l.panels; panel += TILE_PANELS)
-                tiled<E>(p, panel, blocks, x, sums, first);
+            for (int64_t panel = 0; panel < l.panels; panel += panels)
+                tiled<E>(p, panel, panels, blocks, x, sums, first);
         }
     }
 }
