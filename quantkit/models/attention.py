@@ -1,4 +1,4 @@
-"""Attention by one of three paths: flash (CUDA), PyTorch's fused CPU kernel, or plain matrix products.
+"""Attention by one of four paths: flash (CUDA), quantkit's or PyTorch's fused CPU kernel, or plain matrix products.
 
 The path is chosen once for a model and never falls back in silence. B batch, T queries, S keys; the
 queries are the last T of the S positions, and heads share keys in groups.
@@ -15,25 +15,41 @@ import torch.nn.functional as F
 from calculators.activations import score_rows
 from calculators.flash import flash_runs
 from quantkit.errors import BackendError
+from quantkit.kernels import native
 
-PATHS = ("flash", "math", "sdpa")
+PATHS = ("flash", "math", "native", "sdpa")
 
 
-def choose_path(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def choose_path(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, own: bool = True) -> str:
     """Return the path that `name` means for a model: one of PATHS, or `auto` for the best there is.
+
+    Args:
+        name: as above.
+        device: where the model runs.
+        dtype: compute dtype.
+        head_dim: elements of a head.
+        own: whether `auto` may be quantkit's kernel.
 
     Raises:
         BackendError: the path is unknown, or cannot run this dtype or head on this device.
     """
     flash = flash_runs(dtype.itemsize, head_dim) and _has_flash(device)
+    fits = native.takes_heads(device, dtype, head_dim)
+    if name == "auto" and device.type == "cpu":
+        return "native" if own and fits else "sdpa"
     if name == "auto":
-        return "sdpa" if device.type == "cpu" else "flash" if flash else "math"
+        return "flash" if flash else "math"
     if name not in PATHS:
         raise BackendError(f"unknown attention {name!r}; known are auto, {', '.join(PATHS)}")
     if name == "flash" and not flash:
         raise BackendError(
             f"flash attention runs 16-bit dtypes, heads of up to 256 elements in steps of 8 and GPUs from Ampere "
             f"on, not {dtype} with heads of {head_dim} here: choose math"
+        )
+    if name == "native" and not fits:
+        raise BackendError(
+            f"native attention runs bfloat16 and heads of up to {native.MOST_HEAD_DIM} elements in steps of 16 on a "
+            f"CPU, where the extension is built, not {dtype} with heads of {head_dim} on {device.type}: choose auto"
         )
     if (name == "flash" and device.type == "cpu") or (name == "sdpa" and device.type != "cpu"):
         raise BackendError(f"attention {name!r} does not run on {device.type}: choose auto")
@@ -76,6 +92,8 @@ class Attention:
             return _flash(q, keys, values, self._window)
         if self._path == "math":
             return _math(q, keys, values, self._window)
+        if self._path == "native" and q.shape[1] > 1:
+            return native.attention(q, keys, values, self._window).flatten(2)
         return _sdpa(q, keys, values, self._visible)
 
 

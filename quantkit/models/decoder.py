@@ -37,9 +37,9 @@ class Decoder:
         weights: every tensor of `config.tensors` by name, plain ones in `dtype`. In place of the parts that
             `FUSED` lists there may be one matrix of that name.
         dtype: compute dtype.
-        attention: `flash`, `math`, `sdpa`, or `auto` for the best there is on the weights' device.
-        fused: whether a decoded token may take a path of its own where there is one; else every step is an
-            operator of PyTorch's, which is what an estimate describes.
+        attention: `flash`, `math`, `native`, `sdpa`, or `auto` for the best there is on the weights' device.
+        fused: whether attention, and a decoded token, may take a path of quantkit's own where there is one; else
+            every step is an operator of PyTorch's, which is what an estimate describes.
 
     Raises:
         BackendError: that attention cannot run here.
@@ -60,7 +60,7 @@ class Decoder:
         self.norm = self._plain("model.norm.weight")
         self.head = Linear(self.embedding) if config.tie_embeddings else self._linear("lm_head")
         self._frequencies = rope_frequencies(config).to(self.device)
-        self.attention = choose_path(attention, self.device, dtype, config.head_dim)
+        self.attention = choose_path(attention, self.device, dtype, config.head_dim, own=fused)
         layers = Layers(config, self.embedding, self.blocks, self.norm, self.head, self._frequencies)
         self._native = NativeDecoder.of(config, self.blocks, self.norm, dtype) if fused else None
         self._cuda = CudaDecoder.of(layers, dtype) if fused else None

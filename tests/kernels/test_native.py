@@ -18,7 +18,6 @@ from quantkit.tensor import QuantizedTensor
 
 pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension is not built")
 
-ISAS = ["portable", "avx2", "avx512", "avx512bf16", "amx"]
 QUANTIZED = [scheme for scheme in SCHEMES.values() if scheme.quantized]
 ODD_GROUPS = [
     int_scheme(4, 0, True),
@@ -28,14 +27,6 @@ ODD_GROUPS = [
 ]
 ROWS = (1, 2, 3, 5, 7, 16, 33, 64, 257)
 SHAPES = ((1, 8), (16, 64), (33, 172), (64, 576), (7, 301), (40, 1000), (48, 2048), (5, 15))
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param not in native.require().available_isas():
-        pytest.skip(f"this machine has no {request.param}")
-    monkeypatch.setenv("QUANTKIT_ISA", request.param)
-    return request.param
 
 
 def random_matrix(

@@ -10,6 +10,7 @@ import transformers
 
 from quantkit.errors import BackendError
 from quantkit.formats.checkpoint import open_checkpoint
+from quantkit.kernels import native
 from quantkit.models.attention import Attention, choose_path
 from quantkit.models.decoder import Decoder
 from quantkit.models.loader import load
@@ -123,7 +124,12 @@ def test_attention_shares_keys_among_grouped_heads(path: str, window: int | None
 
 def test_an_attention_that_cannot_run_is_refused() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose_path("auto", cpu, torch.bfloat16, 128) == "sdpa"
+    built = native.extension() is not None
+    assert choose_path("auto", cpu, torch.bfloat16, 128) == ("native" if built else "sdpa")
+    assert choose_path("auto", cpu, torch.bfloat16, 128, own=False) == "sdpa"
+    assert (
+        choose_path("auto", cpu, torch.bfloat16, 20) == choose_path("auto", cpu, torch.float32, 128) == "sdpa"
+    )
     assert choose_path("auto", cuda, torch.bfloat16, 128) == "flash"
     assert (
         choose_path("auto", cuda, torch.float32, 128) == choose_path("math", cpu, torch.float32, 20) == "math"
@@ -133,6 +139,9 @@ def test_an_attention_that_cannot_run_is_refused() -> None:
         ("flash", cuda, torch.float32, 128),
         ("flash", cuda, torch.bfloat16, 20),
         ("sdpa", cuda, torch.bfloat16, 128),
+        ("native", cuda, torch.bfloat16, 128),
+        ("native", cpu, torch.float32, 128),
+        ("native", cpu, torch.bfloat16, 20),
         ("eager", cpu, torch.bfloat16, 128),
     ):
         with pytest.raises(BackendError, match=r"choose|known"):

@@ -26,6 +26,8 @@ from quantkit.schemes import QuantScheme
 from quantkit.tensor import QuantizedTensor
 
 PANEL_ROWS = 16  # rows that are packed together
+MOST_HEAD_DIM = 256  # that attention takes
+_HEAD_STEP = 16  # a head is a multiple of it
 _BLOCK_COLS = 8
 _HUGE_PAGE = 1 << 21  # bytes
 
@@ -195,6 +197,33 @@ def plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return torch.ops.quantkit.plain_linear(x, weight, bias)
 
 
+def takes_heads(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `attention` runs heads of so many elements: bfloat16, on a CPU."""
+    return (
+        device.type == "cpu"
+        and dtype == torch.bfloat16
+        and head_dim % _HEAD_STEP == 0
+        and 0 < head_dim <= MOST_HEAD_DIM
+        and extension() is not None
+    )
+
+
+def attention(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None = None
+) -> torch.Tensor:
+    """Return softmax(q K^T / sqrt(head_dim)) V, causal, like q; all bfloat16.
+
+    Scores and sums are float32; what softmax gives is rounded to bfloat16 from `avx512bf16` on.
+
+    Args:
+        q: (B, T, n_heads, head_dim), the last T of S positions.
+        keys: (B, n_kv_heads, S, head_dim); each head is contiguous.
+        values: laid out as keys.
+        window: keys that a query sees at most, itself among them; None for all before it.
+    """
+    return torch.ops.quantkit.attention(q, keys, values, keys.shape[2] if window is None else window)
+
+
 def _layout_key(
     scheme: QuantScheme, shape: tuple[int, int], scale_dtype: torch.dtype
 ) -> tuple[str, int, int, int, str, bool]:
@@ -296,3 +325,20 @@ def _plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 @torch.library.register_fake("quantkit::plain_linear", lib=_LIBRARY)
 def _plain_linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+_LIBRARY.define("attention(Tensor q, Tensor keys, Tensor values, int window) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "attention", "CPU")
+def _attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    tensors = (to_dlpack(each) for each in (q, keys, values, out))
+    require().attend(*tensors, window, torch.get_num_threads())
+    return out
+
+
+@torch.library.register_fake("quantkit::attention", lib=_LIBRARY)
+def _attention_fake(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

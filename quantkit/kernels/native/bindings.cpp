@@ -9,6 +9,7 @@ NB_MODULE(_native, module) {
     bind_memory(module);
     bind_isa(module);
     bind_linear(module);
+    bind_attention(module);
     bind_decode(module);
     bind_quantize(module);
 }

@@ -6,5 +6,6 @@
 void bind_memory(nanobind::module_& module);
 void bind_isa(nanobind::module_& module);
 void bind_linear(nanobind::module_& module);
+void bind_attention(nanobind::module_& module);
 void bind_decode(nanobind::module_& module);
 void bind_quantize(nanobind::module_& module);

@@ -65,8 +65,8 @@ inline void rotate_head(const Token& t, const uint16_t* head, uint16_t* out) {
 // Attention of G queries (G, head_dim), scaled already, to `count` keys: for each the largest score, the sum of
 // e**(score - largest), and that many times the values (head_dim,), G results `stride` floats apart.
 template <int G>
-void attend(const float* q, const uint16_t* keys, const uint16_t* values, int64_t count, int64_t head_dim,
-            float* out, int64_t stride) {
+void attend_chunk(const float* q, const uint16_t* keys, const uint16_t* values, int64_t count, int64_t head_dim,
+                  float* out, int64_t stride) {
     alignas(64) float scores[G][KEY_CHUNK], by_key[KEY_CHUNK][G];
     const int64_t padded = (count + LANES - 1) / LANES * LANES;
     for (int64_t key = 0; key < count; ++key) {
@@ -135,7 +135,7 @@ inline void attention(const Token& t, int64_t layer) {
         const int64_t start = head * head_size + first * s.head_dim;
         for (int64_t g = 0; g < group;) {
             const int64_t left = group - g;
-            const auto by = left >= 4 ? attend<4> : left == 3 ? attend<3> : left == 2 ? attend<2> : attend<1>;
+            const auto by = left >= 4 ? attend_chunk<4> : left == 3 ? attend_chunk<3> : left == 2 ? attend_chunk<2> : attend_chunk<1>;
             float* out = t.partials + ((head * group + g) * chunks + item % chunks) * stride;
             by(q + g * s.head_dim, keys + start, values + start, count, s.head_dim, out, chunks * stride);
             g += left >= 4 ? 4 : left;

@@ -13,6 +13,8 @@ void decode(const Token& t) {
     decode_in_team(t);
 }
 
+void attend(const Attention& a) { attend_all<Attending>(a); }
+
 void quantize(const Quantization& q) {
     const Pieces pieces(q);
 #pragma omp parallel for schedule(static) num_threads(q.threads)

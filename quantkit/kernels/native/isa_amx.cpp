@@ -36,6 +36,7 @@ void product(const Product& p) {
 
 void plain(const PlainProduct& p) { avx512bf16::plain(p); }
 void decode(const Token& t) { avx512bf16::decode(t); }
+void attend(const Attention& a) { avx512bf16::attend(a); }
 void quantize(const Quantization& q) { avx512bf16::quantize(q); }
 Squares squares(const Quantization& q) { return avx512bf16::squares(q); }
 

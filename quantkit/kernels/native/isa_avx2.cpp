@@ -215,6 +215,8 @@ void few(const Product& p) {
 void many(const Product& p) { tiled_by_kind<F32>(p); }
 
 #include "decode.inl"
+using Attending = F32<Kind::int4>;
+#include "attention.inl"
 #include "quantize.inl"
 
 }  // namespace

@@ -28,6 +28,8 @@ void few(const Product& p) { direct_by_kind<F32>(p); }
 void many(const Product& p) { tiled_by_kind<F32>(p); }
 
 #include "decode.inl"
+using Attending = F32<Kind::int4>;
+#include "attention.inl"
 #include "quantize.inl"
 
 }  // namespace

@@ -104,6 +104,8 @@ void few(const Product& p) {
 void many(const Product& p) { p.type == Type::f32 ? tiled_by_kind<F32>(p) : tiled_by_kind<BF16>(p); }
 
 #include "decode.inl"
+using Attending = BF16<Kind::int4>;
+#include "attention.inl"
 #include "quantize.inl"
 
 }  // namespace

@@ -1,6 +1,7 @@
 // One set of kernels for each instruction set. Every file below is compiled with flags of its own.
 #pragma once
 
+#include "attention.h"
 #include "decode.h"
 #include "isa.h"
 #include "layout.h"
@@ -12,6 +13,7 @@
     void product(const Product&);        \
     void plain(const PlainProduct&);     \
     void decode(const Token&);           \
+    void attend(const Attention&);       \
     void quantize(const Quantization&);  \
     Squares squares(const Quantization&);\
     }

@@ -1,0 +1,63 @@
+// Python's side of attention: every argument is checked before the kernel runs.
+#include "attention.h"
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "arrays.h"
+#include "bindings.h"
+#include "isa.h"
+#include "kernels.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+// Throws unless `array` holds bfloat16 (batch, heads, count, head_dim) whose heads are contiguous each.
+void check_heads(const Array& array, const char* name) {
+    if (array.dtype() != BF16) throw std::invalid_argument(std::string(name) + " has the wrong dtype");
+    if (array.ndim() != 4) throw std::invalid_argument(std::string(name) + " must have four dimensions");
+    const auto count = array.shape(2), head_dim = array.shape(3);
+    if ((head_dim > 1 && array.stride(3) != 1) || (count > 1 && array.stride(2) != static_cast<int64_t>(head_dim)))
+        throw std::invalid_argument(std::string(name) + " has heads that are not contiguous");
+}
+
+void attend_to(const Array& q, const Array& keys, const Array& values, const Array& out, int64_t window, int threads) {
+    check(q, "q", {BF16});
+    if (q.ndim() != 4) throw std::invalid_argument("q must have four dimensions");
+    check(out, "out", {BF16}, static_cast<int64_t>(q.size()));
+    check_heads(keys, "keys");
+    check_heads(values, "values");
+    for (int dim = 0; dim < 4; ++dim)
+        if (values.shape(dim) != keys.shape(dim) || (dim < 2 && values.stride(dim) != keys.stride(dim)))
+            throw std::invalid_argument("values must be laid out as keys");
+    check_threads(threads);
+    Attention a{};
+    a.q = data<uint16_t>(q), a.keys = data<uint16_t>(keys), a.values = data<uint16_t>(values), a.out = data<uint16_t>(out);
+    a.batch = q.shape(0), a.tokens = q.shape(1), a.n_heads = q.shape(2), a.head_dim = q.shape(3);
+    a.n_kv_heads = keys.shape(1), a.count = keys.shape(2);
+    a.batch_stride = keys.stride(0), a.head_stride = keys.stride(1);
+    a.window = window, a.threads = threads;
+    if (static_cast<int64_t>(keys.shape(0)) != a.batch || static_cast<int64_t>(keys.shape(3)) != a.head_dim)
+        throw std::invalid_argument("keys must have q's batch and head_dim");
+    if (a.n_kv_heads < 1 || a.n_heads % a.n_kv_heads != 0)
+        throw std::invalid_argument("keys: their heads must divide q's");
+    if (a.head_dim < 16 || a.head_dim > MOST_HEAD_DIM || a.head_dim % 16 != 0)
+        throw std::invalid_argument("head_dim must be a multiple of 16 up to " + std::to_string(MOST_HEAD_DIM));
+    if (a.tokens > a.count) throw std::invalid_argument("keys are fewer than the tokens of q");
+    if (window < 1) throw std::invalid_argument("window must be at least 1");
+    if (a.batch == 0 || a.tokens == 0) return;
+    const Isa level = isa();
+    nb::gil_scoped_release release;
+    QUANTKIT_CALL(level, attend, a);
+}
+
+}  // namespace
+
+void bind_attention(nb::module_& module) {
+    module.def("attend", &attend_to, nb::arg("q").noconvert(), nb::arg("keys").noconvert(),
+               nb::arg("values").noconvert(), nb::arg("out").noconvert(), nb::arg("window"), nb::arg("threads"));
+}
