@@ -104,7 +104,7 @@ def test_the_operator_has_a_fake() -> None:
         ("q", torch.zeros(1, 9, 4, 32).bfloat16(), "keys are fewer"),
         ("q", torch.zeros(1, 4, 3, 32).bfloat16(), "must divide"),
         ("keys", torch.zeros(1, 2, 32, 8).bfloat16().mT, "keys has heads that are not contiguous"),
-        ("keys", torch.zeros(1, 2, 8, 16).bfloat16(), "values must be laid out as keys"),
+        ("keys", torch.zeros(1, 2, 8, 16).bfloat16(), "values must have the shape of keys"),
         ("values", torch.zeros(1, 2, 8, 32).half(), "values has the wrong dtype"),
         ("out", torch.zeros(3).bfloat16(), "out has 3 elements"),
         ("window", 0, "window must be"),

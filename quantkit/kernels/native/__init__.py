@@ -218,7 +218,7 @@ def attention(
     Args:
         q: (B, T, n_heads, head_dim), the last T of S positions.
         keys: (B, n_kv_heads, S, head_dim); each head is contiguous.
-        values: laid out as keys.
+        values: likewise.
         window: keys that a query sees at most, itself among them; None for all before it.
     """
     return torch.ops.quantkit.attention(q, keys, values, keys.shape[2] if window is None else window)

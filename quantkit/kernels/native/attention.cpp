@@ -32,14 +32,14 @@ void attend_to(const Array& q, const Array& keys, const Array& values, const Arr
     check_heads(keys, "keys");
     check_heads(values, "values");
     for (int dim = 0; dim < 4; ++dim)
-        if (values.shape(dim) != keys.shape(dim) || (dim < 2 && values.stride(dim) != keys.stride(dim)))
-            throw std::invalid_argument("values must be laid out as keys");
+        if (values.shape(dim) != keys.shape(dim)) throw std::invalid_argument("values must have the shape of keys");
     check_threads(threads);
     Attention a{};
     a.q = data<uint16_t>(q), a.keys = data<uint16_t>(keys), a.values = data<uint16_t>(values), a.out = data<uint16_t>(out);
     a.batch = q.shape(0), a.tokens = q.shape(1), a.n_heads = q.shape(2), a.head_dim = q.shape(3);
     a.n_kv_heads = keys.shape(1), a.count = keys.shape(2);
-    a.batch_stride = keys.stride(0), a.head_stride = keys.stride(1);
+    for (int dim = 0; dim < 2; ++dim)
+        a.key_strides[dim] = keys.stride(dim), a.value_strides[dim] = values.stride(dim);
     a.window = window, a.threads = threads;
     if (static_cast<int64_t>(keys.shape(0)) != a.batch || static_cast<int64_t>(keys.shape(3)) != a.head_dim)
         throw std::invalid_argument("keys must have q's batch and head_dim");

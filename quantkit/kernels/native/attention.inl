@@ -172,13 +172,14 @@ void attend_all(const Attention& a) {
 #pragma omp parallel num_threads(a.threads)
     for (int64_t item = 0; item < a.batch * a.n_kv_heads; ++item) {
         const int64_t batch = item / a.n_kv_heads, head = item % a.n_kv_heads;
-        const int64_t from = batch * a.batch_stride + head * a.head_stride;
+        const uint16_t* key = a.keys + batch * a.key_strides[0] + head * a.key_strides[1];
+        const uint16_t* value = a.values + batch * a.value_strides[0] + head * a.value_strides[1];
 #pragma omp for schedule(static) nowait
         for (int64_t strip = 0; strip < padded; strip += STRIP)
-            pack_keys<E>(a, a.keys + from, strip, keys + strip * (a.head_dim / DEPTH<E>));
+            pack_keys<E>(a, key, strip, keys + strip * (a.head_dim / DEPTH<E>));
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < units; ++unit)
-            pack_values<E>(a, a.values + from, unit * DEPTH<E>, units * STRIP, values + unit * STRIP);
+            pack_values<E>(a, value, unit * DEPTH<E>, units * STRIP, values + unit * STRIP);
 #pragma omp for schedule(dynamic)
         for (int64_t index = 0; index < blocks.count; ++index) {
             const int64_t block = blocks.count - 1 - index;  // the longest rows first
