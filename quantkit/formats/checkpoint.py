@@ -51,8 +51,8 @@ class Checkpoint(ABC):
 
         Args:
             spec: the tensor.
-            read_file: reads into memory, in a fraction of the time that a mapping's page faults take;
-                None maps, and so does a format whose layout on disk is not the one in memory.
+            read_file: reads into memory of the caller's; None maps, and so does a format whose layout on disk is
+                not the one in memory.
         """
 
     @abstractmethod

@@ -120,25 +120,30 @@ class SafetensorsFile:
         dtype = getattr(torch, _TORCH_NAMES[entry.dtype])
         if entry.nbytes == 0:
             return torch.empty(entry.shape, dtype=dtype)
-        if read_file is not None:
-            return self._read(entry, read_file).view(dtype).view(entry.shape)
-        if self._map is None:
-            with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        data = torch.frombuffer(self._map, dtype=torch.uint8, count=entry.nbytes, offset=entry.start)
-        if entry.start % dtype.itemsize:
-            data = data.clone()  # an odd neighbour before it: views need alignment
-        return data.view(dtype).view(entry.shape)
-
-    def _read(self, entry: Entry, read_file: ReadFile) -> torch.Tensor:
         try:
-            with self.path.open("rb", buffering=0) as file:
-                data = read_file(file.fileno(), entry.start, entry.nbytes)
+            data = self._mapped(entry) if read_file is None else self._read(entry, read_file)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
         if data.numel() < entry.nbytes:
             raise CheckpointError(f"{self.path} has become shorter since it was opened")
-        return data
+        if entry.start % dtype.itemsize and read_file is None:
+            data = data.clone()  # an odd neighbour before it: views need alignment
+        return data.view(dtype).view(entry.shape)
+
+    def _mapped(self, entry: Entry) -> torch.Tensor:
+        import torch
+
+        there = min(entry.nbytes, self.path.stat().st_size - entry.start)
+        if there <= 0:
+            return torch.empty(0, dtype=torch.uint8)
+        if self._map is None:
+            with self.path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=there, offset=entry.start)
+
+    def _read(self, entry: Entry, read_file: ReadFile) -> torch.Tensor:
+        with self.path.open("rb", buffering=0) as file:
+            return read_file(file.fileno(), entry.start, entry.nbytes)
 
     def drop_pages(self) -> None:
         """Give the mapped pages back; the next access reads them again."""

@@ -14,7 +14,6 @@ from quantkit.errors import BackendError
 from quantkit.kernels import native, reference, triton
 from quantkit.kernels.native import Arena, PackedWeight
 from quantkit.kernels.triton import TiledWeight
-from quantkit.schemes import QuantScheme
 from quantkit.tensor import QuantizedTensor
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -110,11 +109,6 @@ def _say_once(line: str) -> None:
     logging.getLogger("quantkit").warning(line)
 
 
-def repacks(scheme: QuantScheme, cols: int, backend: str) -> bool:
-    """Whether the memory that matrices of `cols` columns lie in may be used again once they went through `prepare`."""
-    return backend == "native" and native.packs(scheme, cols)
-
-
 def prepare(weight: QuantizedTensor, backend: str, arena: Arena | None = None) -> Prepared:
     """Return a matrix as `backend` runs it; what that backend cannot take stays as it is, for the reference.
 
@@ -122,7 +116,9 @@ def prepare(weight: QuantizedTensor, backend: str, arena: Arena | None = None) -
     """
     if backend == "triton" and triton.packs(weight.scheme, weight.shape):
         return triton.pack([weight])
-    return native.pack([weight], arena) if repacks(weight.scheme, weight.shape[1], backend) else weight
+    if backend == "native" and native.packs(weight.scheme, weight.shape[1]):
+        return native.pack([weight], arena)
+    return weight
 
 
 def fuse(

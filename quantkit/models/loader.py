@@ -1,4 +1,4 @@
-"""Checkpoint to Decoder: one tensor at a time, mapped where it can stay as it is, else read into memory."""
+"""Checkpoint to Decoder: one tensor at a time, mapped where it stays as it is or is repacked, else read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quantkit.config import TensorSpec
 from quantkit.errors import CheckpointError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.kernels import ops
-from quantkit.kernels.native import Arena, Scratch
+from quantkit.kernels.native import Arena
 from quantkit.models.decoder import FUSED, Decoder
 from quantkit.models.linear import Weight
 from quantkit.quantize import quantize
@@ -58,12 +58,14 @@ def load(
     compute = TORCH_DTYPES[dtype or checkpoint.config.dtype]
     stored = TORCH_DTYPES[checkpoint.config.dtype]
     chosen = ops.choose_backend(backend, device)
+    quantized = plan or checkpoint.schemes
+    repacks = bool(quantized) and chosen != "reference"
     weights: dict[str, Weight] = {}
-    arena, scratch = Arena(), Scratch()
+    arena = Arena()
     waiting: dict[str, QuantizedTensor] = {}  # parts of what may be fused
     for spec in checkpoint.config.tensors:
-        read_file = _reader(checkpoint, spec, plan or {}, chosen, arena, scratch)
-        weight = read_finite(checkpoint, spec, read_file)
+        beside = repacks and chosen == "native" and spec.name not in quantized
+        weight = read_finite(checkpoint, spec, arena.read_file if beside else None)
         if plan and spec.name in plan and isinstance(weight, torch.Tensor):
             weight = quantize(weight, plan[spec.name], stored)
         fused, parts = _fused(spec.name)
@@ -77,28 +79,11 @@ def load(
         if parts and spec.name == parts[-1]:
             weights |= _prepare_parts(fused, parts, waiting, chosen, arena, device)
             waiting = {}
-        if not waiting:
-            scratch.clear()
+        if repacks and not waiting:
+            checkpoint.drop_pages()
         if progress:
             progress(spec.elements)
     return Decoder(checkpoint.config, weights, compute, attention, fused=chosen != "reference")
-
-
-def _reader(
-    checkpoint: Checkpoint,
-    spec: TensorSpec,
-    plan: Mapping[str, QuantScheme],
-    backend: str,
-    arena: Arena,
-    scratch: Scratch,
-) -> ReadFile | None:
-    """Return where to read a tensor to: `scratch` if it is repacked, `arena` if it stays beside such; None maps."""
-    stored = checkpoint.schemes.get(spec.name)
-    if backend != "native" or not (plan or checkpoint.schemes):
-        return None
-    if spec.name in plan or (stored and ops.repacks(stored, spec.shape[1], backend)):
-        return scratch.read_file
-    return arena.read_file if stored is None else None
 
 
 def _fused(name: str) -> tuple[str, list[str]]:

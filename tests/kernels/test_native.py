@@ -284,23 +284,12 @@ class TestReadingFiles:
         content = torch.randint(0, 256, (100 + nbytes,), dtype=torch.uint8)
         (tmp_path / "file").write_bytes(content.numpy().tobytes())
         with (tmp_path / "file").open("rb") as file:
-            for memory in (native.Arena(), native.Scratch()):
-                assert torch.equal(memory.read_file(file.fileno(), 50, nbytes), content[50 : 50 + nbytes])
-                assert memory.read_file(file.fileno(), 100, nbytes + 9).numel() == nbytes
+            arena = native.Arena()
+            assert torch.equal(arena.read_file(file.fileno(), 50, nbytes), content[50 : 50 + nbytes])
+            assert arena.read_file(file.fileno(), 100, nbytes + 9).numel() == nbytes
             out = torch.zeros(nbytes, dtype=torch.uint8)
             assert native.require().read_file(file.fileno(), 100, out, 3) == nbytes
             assert torch.equal(out, content[100:])
-
-    def test_scratch_is_used_again_after_it_was_cleared(self, tmp_path: Path) -> None:
-        (tmp_path / "file").write_bytes(bytes(range(200)))
-        scratch = native.Scratch()
-        with (tmp_path / "file").open("rb") as file:
-            for _ in range(2):
-                first, second = (scratch.read_file(file.fileno(), start, 90) for start in (0, 100))
-                assert (first[0], second[0]) == (0, 100)
-                scratch.clear()
-            assert scratch.read_file(file.fileno(), 7, 1).data_ptr() == first.data_ptr()
-            assert second.data_ptr() == first.data_ptr() + 128
 
     def test_bad_arguments(self, tmp_path: Path) -> None:
         read_file = native.require().read_file

@@ -110,34 +110,8 @@ class Arena:
 
     def read_file(self, file: int, offset: int, nbytes: int) -> torch.Tensor:
         """Return uint8 (nbytes,) from an open file's descriptor; shorter where the file ends."""
-        return read_file(file, offset, self.take(nbytes))
-
-
-class Scratch:
-    """Memory that after `clear` is used again: fresh pages cost more than to read a file into them."""
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._used = 0  # bytes since `clear`, those that did not fit included
-
-    def read_file(self, file: int, offset: int, nbytes: int) -> torch.Tensor:
-        """Return uint8 (nbytes,) from an open file's descriptor; shorter where the file ends."""
-        start = self._used
-        self._used += -(-nbytes // 64) * 64
-        fits = self._used <= self._buffer.numel()
-        out = self._buffer[start : start + nbytes] if fits else torch.empty(nbytes, dtype=torch.uint8)
-        return read_file(file, offset, out)
-
-    def clear(self) -> None:
-        """Give up what was read; as much fits the next time."""
-        if self._used > self._buffer.numel():
-            self._buffer = torch.empty(self._used, dtype=torch.uint8)
-        self._used = 0
-
-
-def read_file(file: int, offset: int, out: torch.Tensor) -> torch.Tensor:
-    """Fill uint8 `out` from an open file's descriptor, with torch's number of threads; return what the file had."""
-    return out[: require().read_file(file, offset, out, torch.get_num_threads())]
+        out = self.take(nbytes)
+        return out[: require().read_file(file, offset, out, torch.get_num_threads())]
 
 
 def pack(weights: Sequence[QuantizedTensor], arena: Arena | None = None) -> PackedWeight:

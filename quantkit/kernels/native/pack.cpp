@@ -1,6 +1,10 @@
 #include "pack.h"
 
+#include <omp.h>
+
 #include <cstring>
+
+#include "pages.h"
 
 namespace {
 
@@ -203,6 +207,13 @@ void pack_nested(const Layout& l, const Canonical& from, int64_t first, uint8_t*
 
 void pack(const Layout& layout, const Canonical& from, const float* map, uint8_t* to, int threads) {
     const Layout l = layout;
+    const int64_t bytes = l.rows * l.cols / (l.kind == Kind::int8 ? 1 : 2);  // of codes, about
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t count = omp_get_num_threads(), thread = omp_get_thread_num();
+        const int64_t start = bytes * thread / count;  // of those that it packs, about, too: codes may lie in a file
+        populate(from.codes + start, bytes * (thread + 1) / count - start);
+    }
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t panel = 0; panel < l.panels; ++panel) {
         uint8_t* at = to + panel * l.panel_bytes;

@@ -22,3 +22,14 @@ inline bool advise_huge_pages(void* start, std::size_t bytes, bool wanted) {
     return static_cast<void>(start), static_cast<void>(bytes), static_cast<void>(wanted), false;
 #endif
 }
+
+// Maps the pages of memory that will be read, all at once where the system can: a fault for each would take longer.
+inline void populate(const void* start, std::size_t bytes) {
+#ifdef MADV_POPULATE_READ
+    const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+    const auto address = reinterpret_cast<std::uintptr_t>(start), first = address / page * page;
+    madvise(reinterpret_cast<void*>(first), address + bytes - first, MADV_POPULATE_READ);
+#else
+    static_cast<void>(start), static_cast<void>(bytes);
+#endif
+}
