@@ -1,7 +1,8 @@
 """The kernels on one layer's matrices, beside what else multiplies by the same weights on a CPU.
 
 M rows of x, W (N, K). Weights are random codes and scales: speed does not depend on them. Every contender has copies of
-its own, taken in turn, so that no matrix is still in a cache when it is used again.
+its own, taken in turn, so that no matrix is still in a cache when it is used again. With few rows a timing is of
+several products in a row.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def measure(
             beside = contenders(weight, away_bytes)
             for m in rows:
                 x = torch.randn(m, shape[1]).bfloat16()
-                yield _cell(matrix, x, weight, beside, roof, effort)
+                yield _cell(
+                    matrix, x, weight, beside, roof, effort, max(1, away_bytes // (m * weight.nbytes))
+                )
                 progress(1)
             del beside  # before the next matrix has copies
 
@@ -75,17 +78,29 @@ def _cell(
     beside: dict[str, Contender],
     roof: Roof,
     effort: Effort,
+    products: int,
 ) -> Cell:
-    read_bytes = roof.memory.readable(weight.nbytes)
+    """Return a cell whose timings are of so many products in a row, as in a model that decodes.
+
+    With few rows there are as many as read `away_bytes`: a single one, after all that the others have moved through
+    the caches, would pay for the interpreter's own instructions, which a model pays for once.
+    """
+    read_bytes = roof.memory.readable(products * weight.nbytes)
+
+    def in_a_row(contender: Contender, turn: int) -> None:
+        for index in range(products):
+            contender.run(x, turn * products + index)
+
     runs: dict[str, Callable[[int], object]] = {
-        OURS: partial(beside[OURS].run, x),
+        OURS: partial(in_a_row, beside[OURS]),
         _READ: partial(roof.memory.read, nbytes=read_bytes),  # at once after ours: no threads to wake
         _PRODUCT: roof.product.run,
     }
-    runs |= {name: partial(contender.run, x) for name, contender in beside.items()}
-    times = alternate(runs, effort)
-    s_per_byte = [taken / read_bytes for taken in times.pop(_READ)]
-    s_per_flop = [taken / roof.product.flops for taken in times.pop(_PRODUCT)]
+    runs |= {name: partial(in_a_row, contender) for name, contender in beside.items()}
+    taken = alternate(runs, effort)
+    s_per_byte = [seconds / read_bytes for seconds in taken.pop(_READ)]
+    s_per_flop = [seconds / roof.product.flops for seconds in taken.pop(_PRODUCT)]
+    times = {name: [seconds / products for seconds in each] for name, each in taken.items()}
     n, k = weight.shape
 
     def roof_share(name: str, weight_bytes: int) -> float:

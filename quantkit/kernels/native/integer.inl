@@ -7,7 +7,8 @@
 //     PANELS              how many it reads at a time
 //     split(int16_t[8 * blocks], blocks, uint32_t*, stride, int (&sums)[2]): a chunk of x as `dot` reads it, a block's
 //         words `stride` after those of the block before, and what its sums add up to
-//     dot<M, N>(codes, panel_bytes, blocks, x, sums, vf[M][N][PARTS]): of N panels, in units of the chunk's scale
+//     dot<M, N>(codes, panel_bytes, next, blocks, x, sums, vf[M][N][PARTS]): of N panels, in units of the chunk's scale;
+//         prefetches `next` bytes after what it reads
 
 constexpr int WORDS = 4;  // of x in a block
 
@@ -98,7 +99,8 @@ void direct_integer(const Product& p, int64_t first, const uint32_t* x, const fl
         for (int64_t start = 0; start < width; start += I::MAX_CHUNK, ++chunk) {
             const int64_t blocks = (width - start < I::MAX_CHUNK ? width - start : I::MAX_CHUNK) / BLOCK;
             vf dots[M][N][PARTS];
-            I::template dot<M, N>(codes, panel_bytes, blocks, at, x_sums + 2 * M * chunk, dots);
+            const int64_t next = ahead<N>(l, codes - panel);
+            I::template dot<M, N>(codes, panel_bytes, next, blocks, at, x_sums + 2 * M * chunk, dots);
             unroll<M>(EACH(row) {
                 unroll<N>(EACH(n) {
                     unroll<PARTS>(EACH(part) { sum[row][n][part] += dots[row][n][part] * x_scales[M * chunk + row]; });

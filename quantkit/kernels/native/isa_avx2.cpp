@@ -100,7 +100,7 @@ struct Planes {
     }
 
     template <int M, int N>
-    static QUANTKIT_INLINE void dot(const uint8_t* codes, int64_t, int64_t blocks, const uint32_t* x,
+    static QUANTKIT_INLINE void dot(const uint8_t* codes, int64_t, int64_t next, int64_t blocks, const uint32_t* x,
                                     const int32_t* sums, vf (&out)[M][N][PARTS]) {
         static_assert(M == 1 && N == 1);
         const __m256i nibble = _mm256_set1_epi8(0xf), ones = _mm256_set1_epi16(1);
@@ -112,7 +112,7 @@ struct Planes {
             const int64_t now = blocks < 4 ? blocks : 4;  // 8 sums of at most 2 * 15 * 128 fit 16 bits
             __m256i narrow[2][PARTS] = {};
             for (int64_t block = 0; block < now; ++block) {
-                prefetch<N>(codes);
+                __builtin_prefetch(codes + next);
                 unroll<PARTS>(EACH(part) {
                     const __m256i bytes = load_once(codes, part);
                     const __m256i low = _mm256_and_si256(bytes, nibble);
@@ -168,7 +168,7 @@ struct Pairs {
     }
 
     template <int M, int N>
-    static QUANTKIT_INLINE void dot(const uint8_t* codes, int64_t, int64_t blocks, const uint32_t* x, const int32_t*,
+    static QUANTKIT_INLINE void dot(const uint8_t* codes, int64_t, int64_t next, int64_t blocks, const uint32_t* x, const int32_t*,
                                     vf (&out)[M][N][PARTS]) {
         static_assert(M == 1 && N == 1);
         const auto* table = reinterpret_cast<const __m256i*>(TABLE.bytes);
@@ -176,7 +176,7 @@ struct Pairs {
         const __m256i nibble = _mm256_set1_epi8(0xf);
         __m256i total[2][PARTS] = {};  // rows 0 1 and 2 3 of each 128 bits, two lanes a row
         for (int64_t block = 0; block < blocks; ++block) {
-            prefetch<N>(codes);
+            __builtin_prefetch(codes + next);
             unroll<PARTS>(EACH(part) {
                 const __m256i bytes = load_once(codes, part);
                 unroll<2>(EACH(half) {  // nibbles of columns 0 4 1 5, then of 2 6 3 7

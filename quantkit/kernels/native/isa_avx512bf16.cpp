@@ -32,20 +32,21 @@ template <Kind K>
 struct Planes {
     static constexpr int64_t MAX_CHUNK = 256, BYTES = BF16<K>::BYTES;
     static constexpr float LIMIT = 32512, FACTOR = 1;
-    static constexpr int OFFSET = K == Kind::int8 ? 128 : 8, PANELS = 4;
+    static constexpr int OFFSET = K == Kind::int8 ? 128 : 8, PANELS = 2;
 
     static inline void split(const int16_t* values, int64_t blocks, uint32_t* words, int64_t stride, int (&sums)[2]) {
         split_planes<K == Kind::int4, MAX_CHUNK>(values, blocks, words, stride, sums);
     }
 
     template <int M, int N>
-    static QUANTKIT_INLINE void dot(const uint8_t* codes, int64_t panel_bytes, int64_t blocks, const uint32_t* x,
-                                    const int32_t* sums, vf (&out)[M][N][PARTS]) {
-        __m512i total[2][M][N];  // planes
+    static QUANTKIT_INLINE void dot(const uint8_t* codes, int64_t panel_bytes, int64_t next, int64_t blocks,
+                                    const uint32_t* x, const int32_t* sums, vf (&out)[M][N][PARTS]) {
+        __m512i total[2][2][M][N];  // halves of a block, planes: so many sums that none is waited for
         unroll<M>(EACH(row) {
             unroll<2>(EACH(plane) {
                 unroll<N>(EACH(n) {
-                    total[plane][row][n] = _mm512_set1_epi32(sums[2 * row + plane]);
+                    total[0][plane][row][n] = _mm512_set1_epi32(sums[2 * row + plane]);
+                    total[1][plane][row][n] = _mm512_setzero_si512();
                 });
             });
         });
@@ -53,7 +54,7 @@ struct Planes {
             __m512i halves[2][N];
             unroll<N>(EACH(n) {
                 const uint8_t* at = codes + n * panel_bytes;
-                unroll<BYTES / 64>(EACH(line) { prefetch<N>(at + 64 * line); });
+                unroll<BYTES / 64>(EACH(line) { __builtin_prefetch(at + next + 64 * line); });
                 if constexpr (K == Kind::int8) {
                     halves[0][n] = load_once(at);
                     halves[1][n] = load_once(at + 64);
@@ -68,7 +69,8 @@ struct Planes {
                     unroll<M>(EACH(row) {
                         const __m512i word = _mm512_set1_epi32(static_cast<int>(x[row * WORDS + 2 * plane + half]));
                         unroll<N>(EACH(n) {
-                            total[plane][row][n] = _mm512_dpbusd_epi32(total[plane][row][n], halves[half][n], word);
+                            __m512i& into = total[half][plane][row][n];
+                            into = _mm512_dpbusd_epi32(into, halves[half][n], word);
                         });
                     });
                 });
@@ -78,8 +80,9 @@ struct Planes {
         }
         unroll<M>(EACH(row) {
             unroll<N>(EACH(n) {
-                out[row][n][0] =
-                    _mm512_cvtepi32_ps(total[0][row][n]) * 256.0f + _mm512_cvtepi32_ps(total[1][row][n]);
+                const __m512i high = _mm512_add_epi32(total[0][0][row][n], total[1][0][row][n]);
+                const __m512i low = _mm512_add_epi32(total[0][1][row][n], total[1][1][row][n]);
+                out[row][n][0] = _mm512_cvtepi32_ps(high) * 256.0f + _mm512_cvtepi32_ps(low);
             });
         });
     }

@@ -16,9 +16,7 @@
 // Each result is summed by one thread in a fixed order: results do not depend on the number of threads.
 
 constexpr int PARTS = PANEL / LANES;
-// Prefetches one of N streams into the second-level cache, far enough ahead that memory is hardly waited for.
-template <int N>
-QUANTKIT_INLINE void prefetch(const uint8_t* codes) { __builtin_prefetch(codes + 8192 / N, 0, 2); }
+constexpr int64_t AHEAD = 4096;  // bytes of codes that are read before what is prefetched: memory is hardly waited for
 constexpr int64_t STRIP_UNITS = 128;
 constexpr int64_t TILE_STRIPS = 4;  // that meet a block of x together
 constexpr int64_t TILES_OF_THREAD = 16;  // fewer would leave some threads waiting for others
@@ -133,6 +131,13 @@ QUANTKIT_INLINE void load_scales(const Product& p, const uint8_t* panel, int64_t
         unfold_scales(p, panel, group, out);
     }
     if constexpr (E::FACTOR != 1) unroll<PARTS>(EACH(part) { out[part] = out[part] * (1 / E::FACTOR); });
+}
+
+// From codes at offset `at` of one of N panels that are read together to what is to be prefetched: codes of the same
+// panel, or of the one that is read after it.
+template <int N>
+QUANTKIT_INLINE int64_t ahead(const Layout& l, int64_t at) {
+    return at + AHEAD / N < l.scales_at ? AHEAD / N : AHEAD / N - l.scales_at + N * l.panel_bytes;
 }
 
 // Prefetches a group's scales of the panel that is read after N at a time: too sparse a stream for the hardware.
@@ -258,7 +263,7 @@ QUANTKIT_INLINE void store_totals(const Product& p, int64_t first, const vf (&to
 template <class E, int M, int N>
 void direct(const Product& p, int64_t first, const typename E::X* x, const float* sums) {
     const Layout& l = *p.layout;
-    constexpr int CHAINS = M == 1 ? 2 : 1;  // sums in flight; the same for any N, and so is the result
+    constexpr int CHAINS = M == 1 ? 4 : M == 2 ? 2 : 1;  // sums in flight; the same for any N, and so is the result
     const int64_t panel_bytes = l.panel_bytes, groups = l.groups;
     const int64_t repeat_bits = l.repeat_bits, window_units = l.window / BLOCK * E::UNITS * M;
     const uint8_t* panel = p.weight + first * panel_bytes;
@@ -268,11 +273,12 @@ void direct(const Product& p, int64_t first, const typename E::X* x, const float
         const int64_t window = group >> repeat_bits;
         const int64_t blocks = l.width(window) / BLOCK;
         const typename E::X* at = x + window * window_units;
+        const int64_t next = ahead<N>(l, codes - panel);
         vf sum[CHAINS][M][N][PARTS] = {};
         for (int64_t block = 0; block < blocks; ++block) {
             unroll<N>(EACH(n) {
                 const uint8_t* bytes = codes + n * panel_bytes;
-                unroll<E::BYTES / 64>(EACH(line) { prefetch<N>(bytes + 64 * line); });
+                unroll<E::BYTES / 64>(EACH(line) { __builtin_prefetch(bytes + next + 64 * line); });
                 typename E::W weights[E::UNITS][PARTS];
                 E::decode(bytes, weights);
                 unroll<E::UNITS>(EACH(unit) {
@@ -434,8 +440,7 @@ void direct_rows(const Product& p) {
         constexpr int N = decltype(count)::value;
         direct_of<E, N>(p.m, std::make_index_sequence<ROWS_DIRECT>())(p, panel, x, sums);
     };
-    if (LANES == 16 && p.m <= 4) each_panel<4>(l.panels, run);
-    else each_panel<2>(l.panels, run);
+    each_panel<2>(l.panels, run);
 }
 
 // Any number of rows.
