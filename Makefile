@@ -39,7 +39,8 @@ sanitize: $(VENV)/.dev
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=2 \
 	PYTHONPATH="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 	$(BIN)/python -S -m pytest -q -o pythonpath='$(SANITIZED) .' \
-		tests/kernels/test_native.py tests/quantize/test_native.py tests/models/test_native_decoder.py
+		tests/kernels/test_native.py tests/kernels/test_attention.py tests/quantize/test_native.py \
+		tests/models/test_native_decoder.py
 
 # remakes what is committed under reports/
 reports: $(VENV)/.runtime

@@ -39,15 +39,15 @@ struct HeldMatrix {
 class Model {
 public:
     Model(int64_t hidden, int64_t ffn, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, float eps, Array norm,
-          std::optional<Array> map)
-        : shape_{hidden, ffn, n_heads, n_kv_heads, head_dim, eps}, norm_(std::move(norm)), map_(std::move(map)) {
+          const std::optional<Array>& map)
+        : shape_{hidden, ffn, n_heads, n_kv_heads, head_dim, eps}, norm_(std::move(norm)) {
         for (const int64_t size : {hidden, ffn, head_dim})
             if (size < 1 || size % VECTOR != 0)
                 throw std::invalid_argument("hidden, ffn and head_dim must be multiples of 16");
         if (n_kv_heads < 1 || n_heads < 1 || n_heads % n_kv_heads != 0)
             throw std::invalid_argument("n_kv_heads must divide n_heads");
         check(norm_, "norm", {BF16}, hidden);
-        if (map_) check(*map_, "map", {nb::dtype<float>()}, 256);
+        if (map) check(*map, "map", {nb::dtype<float>()}, 256), map_.emplace(data<float>(*map));
         const int64_t attended = n_heads * head_dim;
         work_.resize(attended + 2 * n_kv_heads * head_dim + attended + 2 * hidden + 3 * ffn);
     }
@@ -91,7 +91,7 @@ public:
         partials_.resize(s.n_heads * ((keys + KEY_CHUNK - 1) / KEY_CHUNK) * (s.head_dim + 2));
         Token t{};
         t.shape = &shape_, t.layers = layers_.data(), t.n_layers = n_layers;
-        t.norm = data<uint16_t>(norm_), t.map = map_ ? data<float>(*map_) : nullptr;
+        t.norm = data<uint16_t>(norm_), t.map = map_ ? &*map_ : nullptr;
         t.x = data<uint16_t>(x), t.cos = data<uint16_t>(cos), t.sin = data<uint16_t>(sin);
         t.cache = data<uint16_t>(cache), t.slots = slots, t.slot = slot, t.keys = keys;
         t.states = data<uint16_t>(states);
@@ -119,7 +119,7 @@ private:
 
     Shape shape_;
     Array norm_;
-    std::optional<Array> map_;
+    std::optional<Map> map_;
     std::vector<Layer> layers_;
     std::vector<Array> norms_;
     std::vector<nb::object> matrices_;
@@ -135,7 +135,7 @@ void bind_decode(nb::module_& module) {
         .def(nb::init<const Layout&, Array, std::optional<Array>>(), nb::arg("layout"),
              nb::arg("weight").noconvert(), nb::arg("bias").noconvert().none());
     nb::class_<Model>(module, "Model")
-        .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, float, Array, std::optional<Array>>(),
+        .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, float, Array, const std::optional<Array>&>(),
              nb::arg("hidden"), nb::arg("ffn"), nb::arg("n_heads"), nb::arg("n_kv_heads"), nb::arg("head_dim"),
              nb::arg("eps"), nb::arg("norm").noconvert(), nb::arg("map").noconvert().none())
         .def("add_layer", &Model::add_layer, nb::arg("attention_norm").noconvert(), nb::arg("qkv"), nb::arg("o"),

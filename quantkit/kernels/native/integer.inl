@@ -113,7 +113,9 @@ void direct_integer(const Product& p, int64_t first, const uint32_t* x, const fl
             vf dots[M][PARTS];
             unroll<M>(EACH(row) { unroll<PARTS>(EACH(part) { dots[row][part] = sum[row][n][part]; }); });
             prefetch_scales<N>(l, panel + n * panel_bytes, group);
-            scale_group<I, M>(p, panel + n * panel_bytes, group, window, sums, dots);
+            vf scales[PARTS];
+            load_scales<I>(p, panel + n * panel_bytes, group, scales);
+            scale_group<M>(p, panel + n * panel_bytes, group, window, sums, scales, dots);
             unroll<M>(EACH(row) { unroll<PARTS>(EACH(part) { totals[row][n][part] += dots[row][part]; }); });
         });
     }

@@ -25,6 +25,28 @@ inline vf look_up(const float* table, int64_t size, const int32_t* index) {
     return choose(128, first, second);
 }
 
+// Entries for 32 codes of a table of 256 floats, whose lower and upper halves lie apart: a permutation takes twice as
+// many 16-bit words as floats.
+inline void look_up_32(const uint16_t (*halves)[256], const uint8_t* codes, vf* out) {
+    const __m512i at = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    const __mmask32 second = _mm512_test_epi16_mask(at, _mm512_set1_epi16(64));
+    const __mmask32 upper = _mm512_test_epi16_mask(at, _mm512_set1_epi16(128));
+    const auto entries = [&](const uint16_t* table) {
+        const auto part = [&](int quarter) {
+            const uint16_t* from = table + 64 * quarter;
+            return _mm512_permutex2var_epi16(_mm512_load_si512(from), at, _mm512_load_si512(from + 32));
+        };
+        return _mm512_mask_blend_epi16(upper, _mm512_mask_blend_epi16(second, part(0), part(1)),
+                                       _mm512_mask_blend_epi16(second, part(2), part(3)));
+    };
+    const __m512i low = entries(halves[0]), high = entries(halves[1]);
+    const __m512i wide = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                          5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    out[0] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(low, wide, high));
+    out[1] = _mm512_castsi512_ps(
+        _mm512_permutex2var_epi16(low, _mm512_add_epi16(wide, _mm512_set1_epi16(16)), high));
+}
+
 inline float horizontal(vf x) { return _mm512_reduce_add_ps(x); }
 
 inline vf load_bf16(const uint16_t* at) {

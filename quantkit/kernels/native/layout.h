@@ -88,6 +88,21 @@ struct Layout {
     }
 };
 
+// The values of nested scales' 256 codes: as they are, and their lower and upper halves.
+struct Map {
+    float values[256];
+    alignas(64) uint16_t halves[2][256];
+
+    explicit Map(const float* from) {
+        for (int code = 0; code < 256; ++code) {
+            values[code] = from[code];
+            const uint32_t bits = __builtin_bit_cast(uint32_t, from[code]);
+            halves[0][code] = static_cast<uint16_t>(bits);
+            halves[1][code] = static_cast<uint16_t>(bits >> 16);
+        }
+    }
+};
+
 // y (m, rows) = x (m, cols) times the matrix transposed, plus bias (rows,) or null. Rows of x and y are contiguous.
 struct Product {
     const Layout* layout;
@@ -97,7 +112,7 @@ struct Product {
     void* y;
     int64_t m;
     const float* bias;
-    const float* map;  // the 256 values of nested scales' codes
+    const Map* map;  // where scales are nested
     int threads;
 };
 

@@ -81,8 +81,10 @@ void multiply(const Layout& l, const Array& weight, const Array& x, const Array&
     }
     check_threads(threads);
     if (m == 0) return;
+    std::optional<Map> values;
+    if (map) values.emplace(data<float>(*map));
     const Product p{&l, data<uint8_t>(weight), x.dtype() == BF16 ? Type::bf16 : Type::f32, x.data(), out.data(), m,
-                    bias ? data<float>(*bias) : nullptr, map ? data<float>(*map) : nullptr, threads};
+                    bias ? data<float>(*bias) : nullptr, values ? &*values : nullptr, threads};
     const Isa level = isa();
     nb::gil_scoped_release release;
     QUANTKIT_CALL(level, product, p);

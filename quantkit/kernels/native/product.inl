@@ -91,8 +91,24 @@ inline float element(const Product& p, int64_t row, int64_t column) {
     return p.type == Type::f32 ? static_cast<const float*>(p.x)[at] : from_bf16(static_cast<const uint16_t*>(p.x)[at]);
 }
 
-// Scales that are rarer: float16, and NF4's nested ones.
+// What nested scales' codes of a group multiply, and what is added: the panel's own scales and offset.
 constexpr uint32_t NESTED_BLOCKS = NESTED;  // unsigned, so that a shift divides
+inline float nested_scales(const Layout& l, const uint8_t* panel, int64_t group, vf* out) {
+    const uint8_t* nested = panel + l.nested_at;
+    uint32_t start;
+    float offset;
+    std::memcpy(&start, nested, 4);
+    std::memcpy(&offset, nested + 4, 4);
+    alignas(64) int32_t blocks[PANEL];
+    const uint32_t first = start + static_cast<uint32_t>(group), groups = static_cast<uint32_t>(l.groups);
+    for (uint32_t lane = 0; lane < PANEL; ++lane)
+        blocks[lane] = static_cast<int32_t>((first + lane * groups) / NESTED_BLOCKS);
+    for (int part = 0; part < PARTS; ++part)
+        out[part] = look_up(reinterpret_cast<const float*>(nested + 8), l.nested_scales, blocks + part * LANES);
+    return offset;
+}
+
+// Scales that are rarer: float16, and NF4's nested ones.
 __attribute__((noinline)) inline void unfold_scales(const Product& p, const uint8_t* panel, int64_t group, vf* out) {
     const Layout& l = *p.layout;
     const uint8_t* at = panel + l.scales_at + group * PANEL * l.scale_bytes;
@@ -102,20 +118,12 @@ __attribute__((noinline)) inline void unfold_scales(const Product& p, const uint
         std::memcpy(out, values, sizeof values);
         return;
     }
-    const uint8_t* nested = panel + l.nested_at;
-    uint32_t start;
-    float offset;
-    std::memcpy(&start, nested, 4);
-    std::memcpy(&offset, nested + 4, 4);
-    const auto* scales = reinterpret_cast<const float*>(nested + 8);
-    alignas(64) int32_t codes[PANEL], blocks[PANEL];
-    const uint32_t first = start + static_cast<uint32_t>(group), groups = static_cast<uint32_t>(l.groups);
-    for (uint32_t lane = 0; lane < PANEL; ++lane) {
-        codes[lane] = at[lane];
-        blocks[lane] = static_cast<int32_t>((first + lane * groups) / NESTED_BLOCKS);
-    }
+    vf scales[PARTS];
+    const float offset = nested_scales(l, panel, group, scales);
+    alignas(64) int32_t codes[PANEL];
+    for (int lane = 0; lane < PANEL; ++lane) codes[lane] = at[lane];
     for (int part = 0; part < PARTS; ++part)
-        out[part] = look_up(p.map, 256, codes + part * LANES) * look_up(scales, l.nested_scales, blocks + part * LANES) + offset;
+        out[part] = look_up(p.map->values, 256, codes + part * LANES) * scales[part] + offset;
 }
 
 // Scales of a group, divided by the engine's factor.
@@ -132,6 +140,39 @@ QUANTKIT_INLINE void load_scales(const Product& p, const uint8_t* panel, int64_t
     }
     if constexpr (E::FACTOR != 1) unroll<PARTS>(EACH(part) { out[part] = out[part] * (1 / E::FACTOR); });
 }
+
+#ifdef __AVX512BW__
+// Nested scales of two groups, divided by a factor: 32 codes cost hardly more than 16.
+__attribute__((noinline)) inline void unfold_pair(const Product& p, const uint8_t* panel, int64_t group, float factor,
+                                                  vf* out) {
+    const Layout& l = *p.layout;
+    look_up_32(p.map->halves, panel + l.scales_at + group * PANEL, out);
+    for (int next = 0; next < 2; ++next) {
+        vf scales;
+        const float offset = nested_scales(l, panel, group + next, &scales);
+        out[next] = (out[next] * scales + offset) * (1 / factor);
+    }
+}
+#endif
+
+// A panel's scales, group after group.
+template <class E>
+class Scales {
+public:
+    QUANTKIT_INLINE void next(const Product& p, const uint8_t* panel, int64_t group, vf* out) {
+#ifdef __AVX512BW__
+        if (p.layout->scale == Type::nested && (group | 1) < p.layout->groups) {
+            if (group % 2 == 0) unfold_pair(p, panel, group, E::FACTOR, pair_);
+            out[0] = pair_[group % 2];
+            return;
+        }
+#endif
+        load_scales<E>(p, panel, group, out);
+    }
+
+private:
+    [[maybe_unused]] vf pair_[2];
+};
 
 // From codes at offset `at` of one of N panels that are read together to what is to be prefetched: codes of the same
 // panel, or of the one that is read after it.
@@ -233,12 +274,10 @@ inline void window_sums(const Product& p, int64_t first, int64_t rows, float* ou
 }
 
 // Codes times x to weights times x: takes zero points off, then applies scales.
-template <class E, int M>
+template <int M>
 QUANTKIT_INLINE void scale_group(const Product& p, const uint8_t* panel, int64_t group, int64_t window,
-                                 const float* sums, vf (&dots)[M][PARTS]) {
+                                 const float* sums, const vf* scales, vf (&dots)[M][PARTS]) {
     const Layout& l = *p.layout;
-    vf scales[PARTS];
-    load_scales<E>(p, panel, group, scales);
     if (l.zeros) {
         vf zeros[PARTS];
         load_zeros(l, panel, group, zeros);
@@ -269,6 +308,7 @@ void direct(const Product& p, int64_t first, const typename E::X* x, const float
     const uint8_t* panel = p.weight + first * panel_bytes;
     const uint8_t* codes = panel;
     vf totals[M][N][PARTS] = {};
+    Scales<E> scales[N];
     for (int64_t group = 0; group < groups; ++group) {
         const int64_t window = group >> repeat_bits;
         const int64_t blocks = l.width(window) / BLOCK;
@@ -303,7 +343,9 @@ void direct(const Product& p, int64_t first, const typename E::X* x, const float
                     unroll<CHAINS - 1>(EACH(chain) { dots[row][part] += sum[chain + 1][row][n][part]; });
                 });
             });
-            scale_group<E, M>(p, bytes, group, window, sums, dots);
+            vf now[PARTS];
+            scales[n].next(p, bytes, group, now);
+            scale_group<M>(p, bytes, group, window, sums, now, dots);
             unroll<M>(EACH(row) { unroll<PARTS>(EACH(part) { totals[row][n][part] += dots[row][part]; }); });
         });
     }
