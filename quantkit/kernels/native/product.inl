@@ -398,13 +398,14 @@ void tiled(const Product& p, int64_t first, int64_t panels, const Blocks& blocks
     if (count % STRIP_PANELS != 0) std::memset(static_cast<void*>(decoded), 0, strips * STRIP_BYTES);
 
     int64_t codes_at = 0;
+    Scales<E> readers[TILE_STRIPS * STRIP_PANELS];
     vf scales[TILE_STRIPS * STEP] = {}, zeros[TILE_STRIPS * STEP] = {};
     for (int64_t group = 0; group < l.groups; ++group) {
         const int64_t window = group >> l.repeat_bits;
         const int64_t window_blocks = l.width(window) / BLOCK;
         for (int64_t panel = 0; panel < count; ++panel) {
             const uint8_t* bytes = p.weight + (first + panel) * l.panel_bytes;
-            load_scales<E>(p, bytes, group, scales + panel * PARTS);
+            readers[panel].next(p, bytes, group, scales + panel * PARTS);
             if (l.zeros) {
                 load_zeros(l, bytes, group, zeros + panel * PARTS);
                 for (int64_t part = panel * PARTS; part < (panel + 1) * PARTS; ++part)
