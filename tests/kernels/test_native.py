@@ -85,6 +85,25 @@ def test_every_shape_meets_the_oracle(scheme: QuantScheme, isa: str) -> None:
             assert (error <= bound(weight, x, exact, isa, rows <= 2)).all(), (shape, rows, dtype)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4-g64-asym", "nf4", "nf4-dq"])
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((2120, 72), 33), ((17, 16400), 300)], ids=["wide tiles", "several passes"]
+)
+def test_what_only_large_matrices_take(scheme: str, shape: tuple[int, int], rows: int, isa: str) -> None:
+    weight = random_matrix(SCHEMES[scheme], shape, torch.bfloat16)
+    packed, matrix = native.pack([weight]), reference.dequantize(weight).double()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the fewer, the wider
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(rows, shape[1]).to(dtype)
+            exact = x.double() @ matrix.T
+            error = (native.linear(x, packed).double() - exact).abs()
+            assert (error <= bound(weight, x, exact, isa, few=False)).all(), dtype
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int4-g64-asym", "nf4-dq"])
 def test_a_bias_and_leading_dimensions(scheme: str, isa: str) -> None:
     weight = random_matrix(SCHEMES[scheme], (33, 128), torch.bfloat16)
@@ -136,7 +155,7 @@ def test_packed_bytes_are_the_canonical_ones_where_nothing_is_ragged(scheme: Qua
 
 @pytest.mark.parametrize("scheme", ["int8", "int4-g128", "int4-g32-asym", "nf4", "nf4-dq"])
 def test_threads_and_runs_do_not_change_a_bit(scheme: str, isa: str) -> None:
-    packed = native.pack([random_matrix(SCHEMES[scheme], (272, 512), torch.bfloat16)])
+    packed = native.pack([random_matrix(SCHEMES[scheme], (2128, 512), torch.bfloat16)])
     before = torch.get_num_threads()
     try:
         for rows, dtype in itertools.product((1, 2, 5, 64), (torch.float32, torch.bfloat16)):

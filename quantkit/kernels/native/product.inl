@@ -16,12 +16,13 @@
 // Each result is summed by one thread in a fixed order: results do not depend on the number of threads.
 
 constexpr int PARTS = PANEL / LANES;
-constexpr int64_t AHEAD = 4096;  // bytes of codes that are read before what is prefetched: memory is hardly waited for
-constexpr int64_t STRIP_UNITS = 128;
-constexpr int64_t TILE_STRIPS = 4;  // that meet a block of x together
-constexpr int64_t TILES_OF_THREAD = 16;  // fewer would leave some threads waiting for others
-constexpr int64_t MAX_ROWS = 512, MIN_ROWS = 64;  // of x that share a pass over the weights,
-constexpr int64_t X_BYTES = int64_t(8) << 20;      // which a cache should hold for all tiles
+constexpr int64_t AHEAD = 4096;           // bytes of codes that are read before what is prefetched
+constexpr int64_t STRIP_UNITS = 128;      // decoded at a time
+constexpr int64_t TILE_STRIPS = 4;        // that meet a block of x together
+constexpr int64_t TILES_OF_THREAD = 16;   // at least: with fewer, some threads would wait for others
+constexpr int64_t MAX_ROWS = 512;         // of x that share a pass over the weights,
+constexpr int64_t X_BYTES = 8 << 20;      // or as many as a cache still holds when the next tile comes,
+constexpr int64_t MIN_ROWS = 64;          // but so many
 
 // f(0), f(1), ... f(N - 1), unrolled before the compiler looks for arrays that can live in registers.
 #define EACH(index) [&](auto index) __attribute__((always_inline))
@@ -224,13 +225,13 @@ struct Blocks {
     int64_t size(int64_t block) const { return start(block + 1) - start(block); }
 };
 
-// Calls f(window, first, count) for chunks of at most STRIP_UNITS units, none of which crosses a window.
+// Calls f(first, count) for chunks of at most STRIP_UNITS units, none of which crosses a window.
 template <class E, class F>
 QUANTKIT_INLINE void each_chunk(const Layout& l, F&& f) {
     for (int64_t window = 0; window < l.windows; ++window) {
         const int64_t units = l.width(window) / BLOCK * E::UNITS, first = window * (l.window / BLOCK) * E::UNITS;
         for (int64_t unit = 0; unit < units; unit += STRIP_UNITS)
-            f(window, first + unit, units - unit < STRIP_UNITS ? units - unit : STRIP_UNITS);
+            f(first + unit, units - unit < STRIP_UNITS ? units - unit : STRIP_UNITS);
     }
 }
 
@@ -239,7 +240,7 @@ QUANTKIT_INLINE void each_chunk(const Layout& l, F&& f) {
 template <class E>
 void pack_block(const Product& p, int64_t first, int64_t start, int64_t rows, int64_t total, typename E::X* out) {
     const Layout& l = *p.layout;
-    each_chunk<E>(l, [&](int64_t, int64_t unit, int64_t units) {
+    each_chunk<E>(l, [&](int64_t unit, int64_t units) {
         typename E::X* chunk = out + unit * total + start * units;
         const int64_t blocks = units / E::UNITS, column = unit / E::UNITS * BLOCK;
         for (int64_t row = 0; row < rows; ++row)
@@ -302,7 +303,8 @@ QUANTKIT_INLINE void store_totals(const Product& p, int64_t first, const vf (&to
 template <class E, int M, int N>
 void direct(const Product& p, int64_t first, const typename E::X* x, const float* sums) {
     const Layout& l = *p.layout;
-    constexpr int CHAINS = M == 1 ? 4 : M == 2 ? 2 : 1;  // sums in flight; the same for any N, and so is the result
+    // sums in flight, as many as registers hold; the same for any N, and so is the result
+    constexpr int CHAINS = M > 2 ? 1 : (LANES == 16 ? 4 : 2) / M;
     const int64_t panel_bytes = l.panel_bytes, groups = l.groups;
     const int64_t repeat_bits = l.repeat_bits, window_units = l.window / BLOCK * E::UNITS * M;
     const uint8_t* panel = p.weight + first * panel_bytes;
@@ -459,16 +461,17 @@ auto direct_of(int64_t rows, std::index_sequence<I...>) {
     return kernels[rows - 1];
 }
 
-// Calls f(N, first of N panels) for all panels, shared among the threads of a parallel region. Reading MOST panels at
-// a time keeps more of memory's requests in flight.
+// Calls f(N, first of N panels) for all panels, shared among the threads of a parallel region: long runs first, since
+// memory serves threads unequally. Reading MOST panels at a time keeps more of memory's requests in flight.
 template <int MOST, class F>
 void each_panel(int64_t panels, F&& f) {
-    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    const int64_t stop = panels * (thread + 1) / threads;
-    int64_t panel = panels * thread / threads;
-    for (; panel + MOST <= stop; panel += MOST) f(std::integral_constant<int, MOST>{}, panel);
-    for (; panel < stop; ++panel) f(std::integral_constant<int, 1>{}, panel);
-#pragma omp barrier
+    const int64_t steps = (panels + MOST - 1) / MOST;
+#pragma omp for schedule(guided, 2)
+    for (int64_t step = 0; step < steps; ++step) {
+        int64_t panel = step * MOST;
+        if (panel + MOST <= panels) f(std::integral_constant<int, MOST>{}, panel);
+        else for (; panel < panels; ++panel) f(std::integral_constant<int, 1>{}, panel);
+    }
 }
 
 // At most ROWS_DIRECT rows, by all threads of a parallel region; each packs x for itself, so that none waits.
