@@ -102,7 +102,9 @@ def _run(
     effort: Effort,
     beside: _File | None,
 ) -> ModelRun:
-    decoder = load(RandomCheckpoint(config, scheme), dtype="bf16")
+    # equal bits beside a file whose head is quantized; a tied head stays as the embedding is
+    include = ("lm_head",) if beside and not config.tie_embeddings else ()
+    decoder = load(RandomCheckpoint(config, scheme, include=include), dtype="bf16")
     prompt, answer = length.tokens(config.vocab_size)
     ours = _Ours(decoder, prompt, answer)
     read_bytes = memory.readable(min(_READ_BYTES, decoder.weights_bytes))

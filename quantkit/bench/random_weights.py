@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,11 +29,18 @@ class RandomCheckpoint(Checkpoint):
         config: the model whose shapes it has.
         scheme: of the blocks' matrices; all else is in bfloat16.
         device: where they are made.
+        include: other matrices to quantize, as `plan_weights` takes them.
     """
 
-    def __init__(self, config: ModelConfig, scheme: QuantScheme, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        scheme: QuantScheme,
+        device: torch.device | str = "cpu",
+        include: Sequence[str] = (),
+    ) -> None:
         self.path, self.config, self._device = Path(config.name), config, device
-        self.schemes = plan_weights(config, scheme)
+        self.schemes = plan_weights(config, scheme, include)
         self.stored_bytes = 0
 
     def read(self, spec: TensorSpec, read_file: ReadFile | None = None) -> torch.Tensor | QuantizedTensor:
