@@ -183,7 +183,8 @@ class ModelRun:
 
     Attributes:
         model: the one whose shapes it has.
-        scheme: of the blocks' matrices; embedding and head are bfloat16.
+        scheme: of the blocks' matrices, and of a head of its own where a peer runs beside; else embedding and
+            head are bfloat16.
         prompt_tokens: run at once.
         decode_tokens: run one by one, from a cache that holds the prompt.
         rounds: how often both were run.

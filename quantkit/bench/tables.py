@@ -88,4 +88,7 @@ def about_models(found: Bench) -> str:
     )
     if not peers:
         return f"{about}; without llama.cpp, which --llama names"
-    return f"{about}; beside it {peers[0].name}, whose embedding and head are quantized, too"
+    return (
+        f"{about}; beside it {peers[0].name} at equal bits, the head's included, but for a tied one, which is "
+        "bfloat16 here"
+    )

@@ -116,6 +116,8 @@ def test_a_model_runs_beside_another_program(stand_in: str, tmp_path: Path) -> N
         assert min(run.prefill_tokens_per_s, run.decode_tokens_per_s, run.read_share) > 0
         assert min(run.peer.prefill_speedup, run.peer.decode_speedup) > 0
         assert run.weights_bytes - run.token_bytes == 2 * 96 * 128  # the embedding
+        alone = load(RandomCheckpoint(CONFIG, get_scheme(run.scheme))).weights_bytes
+        assert alone - run.weights_bytes >= 96 * 128 - 2 * 96  # its own has 8 bits at most, the scales apart
     assert not list(tmp_path.glob("quantkit-bench-*"))
 
 
