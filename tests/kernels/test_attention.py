@@ -75,6 +75,14 @@ def test_what_no_query_may_see_does_not_matter(isa: str) -> None:
     assert torch.equal(native.attention(q, keys, values, window=20), expected)
 
 
+def test_positions_may_lie_apart(isa: str) -> None:
+    q, keys, values = heads(1, 9, 4, 32, 0).transpose(1, 2), heads(2, 40, 2, 32, 1), heads(2, 40, 2, 32, 2)
+    q = q.expand(2, -1, -1, -1)
+    apart = [each.transpose(1, 2).contiguous().transpose(1, 2) for each in (keys, values)]
+    assert apart[0].stride() != keys.stride()
+    assert torch.equal(native.attention(q, *apart), native.attention(q, keys, values))
+
+
 def test_large_scores_neither_overflow_nor_vanish(isa: str) -> None:
     q = 30 * heads(1, 30, 4, 64, 0).transpose(1, 2)
     keys, values = 30 * heads(1, 300, 2, 64, 1), heads(1, 300, 2, 64, 2)
@@ -103,7 +111,7 @@ def test_the_operator_has_a_fake() -> None:
         ("q", torch.zeros(1, 4, 32).bfloat16(), "q must have four dimensions"),
         ("q", torch.zeros(1, 9, 4, 32).bfloat16(), "keys are fewer"),
         ("q", torch.zeros(1, 4, 3, 32).bfloat16(), "must divide"),
-        ("keys", torch.zeros(1, 2, 32, 8).bfloat16().mT, "keys has heads that are not contiguous"),
+        ("keys", torch.zeros(1, 2, 32, 8).bfloat16().mT, "keys has a last dimension that is not contiguous"),
         ("keys", torch.zeros(1, 2, 8, 16).bfloat16(), "values must have the shape of keys"),
         ("values", torch.zeros(1, 2, 8, 32).half(), "values has the wrong dtype"),
         ("out", torch.zeros(3).bfloat16(), "out has 3 elements"),

@@ -83,6 +83,17 @@ def test_every_shape_of_model(name: str, tmp_path: Path, ids: torch.Tensor) -> N
     assert close(decode(decoder, ids, 1), by_operators(decoder, ids, 1))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_in_chunks_by_both_attentions(name: str, tmp_path: Path, ids: torch.Tensor) -> None:
+    decoder, results = make(tmp_path, **MODELS[name]), []
+    for path in ("native", "sdpa"):
+        decoder.attention, cache = path, decoder.new_cache(1, 280)
+        results.append(
+            torch.cat([decoder.forward(piece, cache) for piece in ids.split([90, 7, 183], dim=1)], 1)
+        )
+    assert close(*results)
+
+
 def test_threads_give_the_same_bits(tmp_path: Path, ids: torch.Tensor) -> None:
     decoder, before = make(tmp_path), torch.get_num_threads()
     results = []

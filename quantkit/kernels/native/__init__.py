@@ -191,7 +191,7 @@ def attention(
 
     Args:
         q: (B, T, n_heads, head_dim), the last T of S positions.
-        keys: (B, n_kv_heads, S, head_dim); each head is contiguous.
+        keys: (B, n_kv_heads, S, head_dim); the last dimension is contiguous.
         values: likewise.
         window: keys that a query sees at most, itself among them; None for all before it.
     """

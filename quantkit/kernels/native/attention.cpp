@@ -16,13 +16,12 @@ namespace nb = nanobind;
 
 namespace {
 
-// Throws unless `array` holds bfloat16 (batch, heads, count, head_dim) whose heads are contiguous each.
+// Throws unless `array` holds bfloat16 (batch, heads, count, head_dim), whose last dimension is contiguous.
 void check_heads(const Array& array, const char* name) {
     if (array.dtype() != BF16) throw std::invalid_argument(std::string(name) + " has the wrong dtype");
     if (array.ndim() != 4) throw std::invalid_argument(std::string(name) + " must have four dimensions");
-    const auto count = array.shape(2), head_dim = array.shape(3);
-    if ((head_dim > 1 && array.stride(3) != 1) || (count > 1 && array.stride(2) != static_cast<int64_t>(head_dim)))
-        throw std::invalid_argument(std::string(name) + " has heads that are not contiguous");
+    if (array.shape(3) > 1 && array.stride(3) != 1)
+        throw std::invalid_argument(std::string(name) + " has a last dimension that is not contiguous");
 }
 
 void attend_to(const Array& q, const Array& keys, const Array& values, const Array& out, int64_t window, int threads) {
@@ -38,7 +37,7 @@ void attend_to(const Array& q, const Array& keys, const Array& values, const Arr
     a.q = data<uint16_t>(q), a.keys = data<uint16_t>(keys), a.values = data<uint16_t>(values), a.out = data<uint16_t>(out);
     a.batch = q.shape(0), a.tokens = q.shape(1), a.n_heads = q.shape(2), a.head_dim = q.shape(3);
     a.n_kv_heads = keys.shape(1), a.count = keys.shape(2);
-    for (int dim = 0; dim < 2; ++dim)
+    for (int dim = 0; dim < 3; ++dim)
         a.key_strides[dim] = keys.stride(dim), a.value_strides[dim] = values.stride(dim);
     a.window = window, a.threads = threads;
     if (static_cast<int64_t>(keys.shape(0)) != a.batch || static_cast<int64_t>(keys.shape(3)) != a.head_dim)

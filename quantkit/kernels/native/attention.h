@@ -6,7 +6,7 @@
 struct Attention {
     const uint16_t* q;  // (batch, tokens, n_heads, head_dim)
     const uint16_t *keys, *values;  // (batch, n_kv_heads, count, head_dim)
-    int64_t key_strides[2], value_strides[2];  // elements between two batches, and between two heads
+    int64_t key_strides[3], value_strides[3];  // elements between two batches, two heads, and two positions
     uint16_t* out;  // (batch, tokens, n_heads, head_dim)
     int64_t batch, tokens, count, n_heads, n_kv_heads, head_dim;
     int64_t window;  // keys that a query sees at most, itself among them

@@ -23,7 +23,7 @@ template <class E>
 void pack_keys(const Attention& a, const uint16_t* keys, int64_t first, typename E::X* out) {
     const int64_t units = a.head_dim / DEPTH<E>;
     for (int64_t lane = 0; lane < STRIP; ++lane) {
-        const uint16_t* key = keys + (first + lane) * a.head_dim;
+        const uint16_t* key = keys + (first + lane) * a.key_strides[2];
         for (int64_t unit = 0; unit < units; ++unit) {
             const uint16_t* at = key + unit * DEPTH<E>;
             out[unit * STRIP + lane] = first + lane < a.count ? unit_of<E>(at[0], at[DEPTH<E> - 1]) : 0;
@@ -34,13 +34,13 @@ void pack_keys(const Attention& a, const uint16_t* keys, int64_t first, typename
 // Values of DEPTH keys from `first` on: a row of every strip of dimensions, `stride` elements apart.
 template <class E>
 void pack_values(const Attention& a, const uint16_t* values, int64_t first, int64_t stride, typename E::X* out) {
-    const int64_t second = first + DEPTH<E> - 1;
+    const int64_t second = first + DEPTH<E> - 1, step = a.value_strides[2];
     for (int64_t strip = 0; strip < up_to_strips(a.head_dim); strip += STRIP, out += stride)
         for (int64_t lane = 0; lane < STRIP; ++lane) {
             const bool inside = strip + lane < a.head_dim;
             const uint16_t* at = values + strip + lane;
-            out[lane] = unit_of<E>(inside && first < a.count ? at[first * a.head_dim] : 0,
-                                   inside && second < a.count ? at[second * a.head_dim] : 0);
+            out[lane] = unit_of<E>(inside && first < a.count ? at[first * step] : 0,
+                                   inside && second < a.count ? at[second * step] : 0);
         }
 }
 
