@@ -62,14 +62,8 @@ def ids() -> torch.Tensor:
     return torch.randint(0, 96, (1, 280), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 @pytest.mark.parametrize("scheme", ["int8", "int4-g32", "nf4", "nf4-dq"])
-def test_every_scheme_and_instruction_set(
-    isa: str, scheme: str, tmp_path: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if isa not in native.require().available_isas():
-        pytest.skip(f"this machine has no {isa}")
-    monkeypatch.setenv("QUANTKIT_ISA", isa)
+def test_every_scheme_and_instruction_set(isa: str, scheme: str, tmp_path: Path, ids: torch.Tensor) -> None:
     decoder = make(tmp_path, scheme)
     assert decoder._native is not None
     assert close(decode(decoder, ids, 260), by_operators(decoder, ids, 260))

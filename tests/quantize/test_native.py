@@ -17,7 +17,10 @@ from quantkit.schemes import SCHEMES, QuantScheme, int_scheme, nf4_scheme
 from quantkit.tensor import QuantizedTensor
 from tests.quantize.matrices import mixed, randn
 
-pytestmark = pytest.mark.skipif(kernels.extension() is None, reason="the extension is not built")
+pytestmark = [
+    pytest.mark.skipif(kernels.extension() is None, reason="the extension is not built"),
+    pytest.mark.usefixtures("isa"),
+]
 
 ODD_GROUPS = [int_scheme(4, 0, True), int_scheme(4, 24, False), int_scheme(4, 7, True), nf4_scheme(4096)]
 QUANTIZED = [scheme for scheme in SCHEMES.values() if scheme.quantized] + ODD_GROUPS
@@ -36,14 +39,6 @@ MATRICES: dict[str, Callable[[], torch.Tensor]] = {
     "greatest": lambda: torch.full((4, 128), 3e38) * randn(4, 128).sign(),
     "mixed": mixed,
 }
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16", "amx"], autouse=True)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param not in kernels.require().available_isas():
-        pytest.skip(f"this machine has no {request.param}")
-    monkeypatch.setenv("QUANTKIT_ISA", request.param)
-    return request.param
 
 
 def by_torch(weight: torch.Tensor, scheme: QuantScheme, scale_dtype: torch.dtype) -> QuantizedTensor:

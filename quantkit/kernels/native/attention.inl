@@ -44,21 +44,6 @@ void pack_values(const Attention& a, const uint16_t* values, int64_t first, int6
         }
 }
 
-// M rows of x, `STRIDE` elements apart, by a strip.
-template <class E, int M, int64_t STRIDE>
-QUANTKIT_INLINE void multiply_strip(const typename E::X* x, const typename E::X* strip, int64_t units,
-                                    vf (&sum)[M][STRIP_PANELS * PARTS]) {
-    const auto* weights = reinterpret_cast<const typename E::W*>(strip);
-#pragma GCC unroll 4
-    for (int64_t unit = 0; unit < units; ++unit)
-        unroll<M>(EACH(row) {
-            unroll<STRIP_PANELS * PARTS>(EACH(part) {
-                sum[row][part] =
-                    E::fma(sum[row][part], weights[unit * STRIP_PANELS * PARTS + part], x[row * STRIDE + unit]);
-            });
-        });
-}
-
 inline float largest(vf x) {
     float most = x[0];
     for (int lane = 1; lane < LANES; ++lane) most = x[lane] > most ? x[lane] : most;
@@ -104,6 +89,7 @@ template <class E, int M>
 void attend_rows(const Attention& a, int64_t batch, int64_t head, int64_t first, const typename E::X* keys,
                  const typename E::X* values) {
     using X = typename E::X;
+    using W = typename E::W;
     constexpr int64_t WIDTH = STRIP_PANELS * PARTS;
     const int64_t group = a.n_heads / a.n_kv_heads, units = a.head_dim / DEPTH<E>, dims = up_to_strips(a.head_dim);
     const int64_t value_units = up_to_strips(a.count) / DEPTH<E>;
@@ -126,7 +112,8 @@ void attend_rows(const Attention& a, int64_t batch, int64_t head, int64_t first,
         const int64_t padded = up_to_strips(stop - chunk < CHUNK_KEYS ? stop - chunk : CHUNK_KEYS);
         for (int64_t strip = 0; strip < padded; strip += STRIP) {
             vf sum[M][WIDTH] = {};
-            multiply_strip<E, M, MOST_HEAD_DIM / DEPTH<E>>(q[0], keys + (chunk + strip) * units, units, sum);
+            const auto* panel = reinterpret_cast<const W*>(keys + (chunk + strip) * units);
+            multiply_strip<E, M, MOST_HEAD_DIM / DEPTH<E>, 1>(panel, q[0], units, sum);
             unroll<M>(EACH(row) {
                 unroll<WIDTH>(EACH(part) {
                     const vf scaled = sum[row][part] * scale;
@@ -139,8 +126,8 @@ void attend_rows(const Attention& a, int64_t batch, int64_t head, int64_t first,
                                     most[row], total[row], powers[row]);
         for (int64_t dim = 0; dim < dims; dim += STRIP) {
             vf sum[M][WIDTH] = {};
-            multiply_strip<E, M, CHUNK_KEYS / DEPTH<E>>(
-                powers[0], values + dim * value_units + chunk / DEPTH<E> * STRIP, padded / DEPTH<E>, sum);
+            const auto* panel = reinterpret_cast<const W*>(values + dim * value_units + chunk / DEPTH<E> * STRIP);
+            multiply_strip<E, M, CHUNK_KEYS / DEPTH<E>, 1>(panel, powers[0], padded / DEPTH<E>, sum);
             unroll<M>(EACH(row) {
                 unroll<WIDTH>(EACH(part) {
                     float* at = out[row] + dim + part * LANES;

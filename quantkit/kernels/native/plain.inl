@@ -2,13 +2,14 @@
 
 template <int M>
 QUANTKIT_INLINE void plain_row(const PlainProduct& p, const float* x, int64_t row) {
-    constexpr int CHAINS = 4;  // sums in flight
+    constexpr int CHAINS = 4;        // sums in flight
+    constexpr int64_t NEXT = AHEAD;  // elements: one stream, so twice as far as codes
     constexpr int64_t STEP = CHAINS * LANES;
     const uint16_t* weights = p.weight + row * p.cols;
     vf sum[CHAINS][M] = {};
     int64_t column = 0;
     for (; column + STEP <= p.cols; column += STEP) {
-        unroll<(STEP * 2 + 63) / 64>(EACH(line) { __builtin_prefetch(weights + column + 32 * line + AHEAD); });
+        unroll<(STEP * 2 + 63) / 64>(EACH(line) { __builtin_prefetch(weights + column + 32 * line + NEXT); });
         unroll<CHAINS>(EACH(chain) {
             const int64_t at = column + chain * LANES;
             const vf values = load_bf16(weights + at);

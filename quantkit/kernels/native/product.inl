@@ -354,19 +354,27 @@ void direct(const Product& p, int64_t first, const typename E::X* x, const float
     store_totals(p, first, totals);
 }
 
+// M rows of x by a strip: sum += strip x. Rows of x are ROW apart, and so are a row's units UNIT.
+template <class E, int M, int64_t ROW, int64_t UNIT>
+QUANTKIT_INLINE void multiply_strip(const typename E::W* strip, const typename E::X* x, int64_t units,
+                                    vf (&sum)[M][STRIP_PANELS * PARTS]) {
+    constexpr int WIDTH = STRIP_PANELS * PARTS;
+#pragma GCC unroll 4
+    for (int64_t unit = 0; unit < units; ++unit) {
+        unroll<M>(EACH(row) {
+            unroll<WIDTH>(EACH(part) { sum[row][part] = E::fma(sum[row][part], strip[part], x[row * ROW]); });
+        });
+        strip += WIDTH;
+        x += UNIT;
+    }
+}
+
 // A decoded strip by M rows: totals (M, STRIP_PANELS * 16) += scales * (strip x).
 template <class E, int M>
 void micro(const typename E::W* strip, const typename E::X* x, int64_t units, const vf* scales, float* totals) {
     constexpr int WIDTH = STRIP_PANELS * PARTS;
     vf sum[M][WIDTH] = {};
-#pragma GCC unroll 4
-    for (int64_t unit = 0; unit < units; ++unit) {
-        unroll<M>(EACH(row) {
-            unroll<WIDTH>(EACH(part) { sum[row][part] = E::fma(sum[row][part], strip[part], x[row]); });
-        });
-        strip += WIDTH;
-        x += M;
-    }
+    multiply_strip<E, M, 1, M>(strip, x, units, sum);
     unroll<M>(EACH(row) {
         unroll<WIDTH>(EACH(part) {
             float* at = totals + (row * WIDTH + part) * LANES;
