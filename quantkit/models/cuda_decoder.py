@@ -1,8 +1,10 @@
 """Decoding on a CUDA GPU: one token of each sequence through all layers, captured in one CUDA graph.
 
-`kernels/triton/step.py` does what `Decoder.forward` does, with the same roundings, in ten kernels a layer. A graph
-starts them all at once: launched one by one they would take longer than they run. It belongs to a cache, reads where
-the token stands from device memory, and goes when the cache does.
+`kernels/triton/step.py` does what `Decoder.forward` does, with the same roundings, in ten kernels a layer. For one
+sequence in bfloat16, and matrices that `kernels/triton/row.py` takes, these are seven: products norm what they read,
+and add to the residual stream; a norm's factor is rounded once less then. A graph starts them all at once: launched one
+by one they would take longer than they run. It belongs to a cache, reads where the token stands from device memory, and
+goes when the cache does.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from quantkit.models.linear import Block, Fused, Linear
 from quantkit.models.rope import rope_angles
 
 if TYPE_CHECKING:
+    from quantkit.kernels.triton import row
+    from quantkit.kernels.triton.layout import Tiles
     from quantkit.kernels.triton.step import Parts
 
 MOST_SEQUENCES = 64
@@ -105,6 +109,9 @@ class Token:
         slab, scales = cache.stored
         device, batch, half = slab.device, slab.shape[2], config.head_dim // 2
         self._layers = layers
+        self._by_rows = dtype == torch.bfloat16 and all(
+            _takes_row(block, batch, dtype, device) for block in layers.blocks
+        )
         self._ids = torch.zeros(batch, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._stands_at = 0  # what `_position` holds
@@ -168,6 +175,29 @@ class Token:
 
     def _run(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the token in `_ids` at `_position`, and advance that."""
+        h = self._row() if self._by_rows else self._wide()
+        self._position.add_(1)
+        return h, self._layers.head(h)
+
+    def _row(self) -> torch.Tensor:
+        """Run the layers with norms, SwiGLU and residual sums as parts of the products."""
+        from quantkit.kernels.triton import row, step
+
+        layers, eps = self._layers, self._layers.config.norm_eps
+        x = F.embedding(self._ids, layers.embedding)  # (B, hidden)
+        stream: torch.Tensor | row.Stream = step.norm(x, None, layers.blocks[0].attention_norm, eps)
+        following = [*(block.attention_norm for block in layers.blocks[1:]), layers.norm]
+        for block, slab, next_norm in zip(layers.blocks, self._slabs, following, strict=True):
+            qkv = row.product(stream, *_tiles(block.qkv))
+            q, k, v = (step.Parts(part[None]) for part in qkv.split(_rows(block.qkv), dim=-1))
+            out = self._step.attention(self._step.heads(q, k, v, slab), slab)
+            stream = row.add_product(out, *_tiles(block.o), x, block.ffn_norm, eps)
+            wide = row.gated(stream, *_tiles(block.gate_up))
+            stream = row.add_product(wide, *_tiles(block.down), x, next_norm, eps)
+        return step.norm(x, None, layers.norm, eps)
+
+    def _wide(self) -> torch.Tensor:
+        """Run the layers, whatever their linears are."""
         from quantkit.kernels.triton import step
 
         layers, eps = self._layers, self._layers.config.norm_eps
@@ -181,8 +211,34 @@ class Token:
             gate, up = _parts(h, block.gate_up)
             wide = step.swiglu(gate, up, x.dtype)
             h = step.norm(x, _product(wide, block.down), next_norm, eps)
-        self._position.add_(1)
-        return h, layers.head(h)
+        return h
+
+
+def _takes_row(block: Block, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a block's linears lie in four matrices that the row kernel takes, gate and up halves of one."""
+    from quantkit.kernels.triton import row
+
+    if not (isinstance(block.qkv, Fused) and isinstance(block.gate_up, Fused)):
+        return False
+    halves = block.gate_up.linear
+    gate, up = block.gate_up.rows
+    return gate == up and all(
+        isinstance(linear.weight, TiledWeight)
+        and row.takes(linear.weight.tiles, batch, dtype, device, linear is halves)
+        for linear in (block.qkv.linear, block.o, halves, block.down)
+    )
+
+
+def _tiles(linear: Linear | Fused | tuple[Linear, ...]) -> tuple[Tiles, torch.Tensor | None]:
+    """Return the matrix and the bias of a linear that `_takes_row` found."""
+    whole = linear.linear if isinstance(linear, Fused) else linear
+    assert isinstance(whole, Linear)
+    assert isinstance(whole.weight, TiledWeight)
+    return whole.weight.tiles, whole.bias
+
+
+def _rows(linears: Fused | tuple[Linear, ...]) -> list[int]:
+    return list(linears.rows) if isinstance(linears, Fused) else [linear.rows for linear in linears]
 
 
 def _linears(block: Block) -> list[Linear]:

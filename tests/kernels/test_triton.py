@@ -35,7 +35,8 @@ def random_matrix(scheme: QuantScheme, shape: tuple[int, int]) -> QuantizedTenso
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("device", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
-def test_the_kernels_meet_the_oracle(device: str) -> None:
+@pytest.mark.parametrize("file", ["triton_cases.py", "row_cases.py"])
+def test_the_kernels_meet_the_oracle(file: str, device: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if device == "interpreter":
         environment["TRITON_INTERPRET"] = "1"
@@ -48,7 +49,7 @@ def test_the_kernels_meet_the_oracle(device: str) -> None:
         "-q",
         "-p",
         "no:cacheprovider",
-        "tests/kernels/triton_cases.py",
+        f"tests/kernels/{file}",
     ]
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -139,7 +140,7 @@ class TestSharedMemory:
 
     @pytest.fixture
     def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int | None, int, int]]:
-        from quantkit.kernels.triton import launch
+        from quantkit.kernels.triton import arguments
 
         calls: list[tuple[int | None, int, int]] = []
 
@@ -151,8 +152,8 @@ class TestSharedMemory:
                 calls.append((function.value, attribute, value))
                 return int(function.value == 13)
 
-        monkeypatch.setattr(launch, "_GRANTED", set())
-        monkeypatch.setattr(launch.ctypes, "CDLL", Driver)
+        monkeypatch.setattr(arguments, "_GRANTED", set())
+        monkeypatch.setattr(arguments.ctypes, "CDLL", Driver)
         return calls
 
     @staticmethod
@@ -160,24 +161,24 @@ class TestSharedMemory:
         return SimpleNamespace(metadata=SimpleNamespace(shared=shared), run=None, function=function)
 
     def test_it_asks_once_for_each_kernel(self, asked: list[tuple[int | None, int, int]]) -> None:
-        from quantkit.kernels.triton import launch
+        from quantkit.kernels.triton import arguments
 
         for function in (7, 7, 8):
-            launch._grant_shared(self.compiled(function, 20_992))
+            arguments.grant_shared(self.compiled(function, 20_992))
         assert asked == [(7, 8, 20_992), (8, 8, 20_992)]
 
     def test_it_leaves_alone_what_triton_asks_for(self, asked: list[tuple[int | None, int, int]]) -> None:
-        from quantkit.kernels.triton import launch
+        from quantkit.kernels.triton import arguments
 
-        launch._grant_shared(self.compiled(7, launch.UNASKED_SHARED + 1))
+        arguments.grant_shared(self.compiled(7, arguments.UNASKED_SHARED + 1))
         assert not asked
 
     @pytest.mark.usefixtures("asked")
     def test_a_refusal_is_said(self) -> None:
-        from quantkit.kernels.triton import launch
+        from quantkit.kernels.triton import arguments
 
         with pytest.raises(BackendError, match="CUDA grants no 20,992 bytes of shared memory"):
-            launch._grant_shared(self.compiled(13, 20_992))
+            arguments.grant_shared(self.compiled(13, 20_992))
 
 
 class TestChoice:

@@ -37,8 +37,18 @@ SHARED_BYTES = {
     100: 232_448,
     120: 101_376,
 }  # a program's; CUDA's guide, table of capabilities
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-TESTED = ("vector_kernel", "batch_kernel", "dequantize_kernel", "sum_kernel")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+TESTED = {
+    "kernels.py": ("vector_kernel", "batch_kernel", "dequantize_kernel", "sum_kernel"),
+    "row_kernels.py": ("row_kernel",),
+}
+# of Mistral-7B: (N, K), and whether `row_kernel` takes it as two halves, norms x, or adds to a stream
+LAYER = {
+    "qkv": ((6144, 4096), False, True, False),
+    "o": ((4096, 4096), False, False, True),
+    "gate_up": ((28672, 4096), True, True, False),
+    "down": ((4096, 14336), False, False, True),
+}
 SHAPES = ((4096, 14336), (1000, 576))  # (N, K): of Mistral-7B's down_proj, and ragged
 QUANTIZED = [name for name, scheme in SCHEMES.items() if scheme.quantized]
 
@@ -145,12 +155,82 @@ def test_the_second_pass_compiles_for_every_family() -> None:
         assert found.count("LDG.E.128") == 8
 
 
+@pytest.mark.parametrize("matrix", LAYER)
+@pytest.mark.parametrize("scheme", ["int8", "int4-g128", "nf4"])
+def test_one_row_on_hopper(scheme: str, matrix: str) -> None:
+    check_row(scheme, matrix, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("matrix", LAYER)
+@pytest.mark.parametrize("scheme", ["int4-g32", "int4-g64"])
+def test_one_row_of_other_groups(scheme: str, matrix: str) -> None:
+    check_row(scheme, matrix, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["int8", "int4-g128", "nf4"])
+def test_one_row_of_float16(scheme: str) -> None:
+    check_row(scheme, "qkv", torch.float16)
+
+
+def check_row(scheme: str, name: str, dtype: torch.dtype) -> None:
+    shape, halves, normed, residual = LAYER[name]
+    matrix = tiles(empty_quantized(shape, SCHEMES[scheme], dtype, "cpu"))
+    found = compiled_row(matrix, dtype, halves, normed, residual)
+    assert found.usage["STACK"] == found.usage["LOCAL"] == 0, "registers spill"
+    assert found.shared_bytes + found.usage["SHARED"] <= SHARED_BYTES[90]
+    copies = found.count("LDGSTS.E.BYPASS") if found.constants["STAGES"] else found.count("LDG.E.NA.128")
+    assert copies >= 2 * found.constants["TILES"] * found.constants["PARTS"], (
+        "16 bytes are not loaded at a time"
+    )
+    products = 2 * 16 // matrix.bits * found.constants["TILES"] * found.constants["PARTS"]
+    assert found.count("HMMA") >= products
+    before_the_sums = found.layouts.partition("tt.reduce")[0]
+    assert "local_alloc" not in before_the_sums, "words move through shared memory"
+
+
 def test_no_kernel_is_without_a_test() -> None:
-    source = ast.parse((ROOT / "quantkit" / "kernels" / "triton" / "kernels.py").read_text())
-    launched = (ROOT / "quantkit" / "kernels" / "triton" / "launch.py").read_text()
-    functions = [node.name for node in source.body if isinstance(node, ast.FunctionDef)]
-    assert {name for name in functions if not name.startswith("_")} == set(TESTED)
-    assert all(f"kernels.{name}[" in launched for name in TESTED)
+    folder = ROOT / "quantkit" / "kernels" / "triton"
+    launched = (folder / "launch.py").read_text() + (folder / "row.py").read_text()
+    for file, tested in TESTED.items():
+        source = ast.parse((folder / file).read_text())
+        functions = [node.name for node in source.body if isinstance(node, ast.FunctionDef)]
+        assert {name for name in functions if not name.startswith("_")} == set(tested)
+        assert all(f"kernels.{name}[" in launched for name in tested)
+
+
+def compiled_row(matrix: Tiles, dtype: torch.dtype, halves: bool, normed: bool, residual: bool) -> Compiled:
+    """Compile `row_kernel` as `row.py` would launch it on a Hopper."""
+    from quantkit.kernels.triton import row, row_kernels
+
+    squares = 256 if normed else 0
+    constants = row.constants(matrix, halves) | {
+        "SQUARES": squares,
+        "SQUARES_BLOCK": squares,
+        "RESIDUAL": residual,
+    }
+    types = {
+        "x": TYPES[dtype],
+        "squares": "*fp32" if normed else None,
+        "codes": "*i32",
+        "scales": TYPES[matrix.scales.dtype],
+        "codebook": "*fp32" if matrix.nf4 else None,
+        "bias": None,
+        "out": TYPES[dtype],
+        "norm": TYPES[dtype] if residual else None,
+        "out_weighted": TYPES[dtype] if residual else None,
+        "out_squares": "*fp32" if residual else None,
+        **dict.fromkeys(("blocks", "N", "K", "tiles"), "i32"),
+        "eps": "fp32",
+    }
+    numbers = {
+        "blocks": matrix.rows // 16,
+        "N": matrix.rows,
+        "K": matrix.cols,
+        "tiles": matrix.codes.shape[0],
+    }
+    return build(row_kernels.row_kernel, 90, types, constants, numbers)
 
 
 def compiled(kernel: str, capability: int, matrix: Tiles, rows: int, dtype: torch.dtype) -> Compiled:

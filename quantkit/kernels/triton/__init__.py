@@ -1,7 +1,8 @@
 """The CUDA kernels, in Triton: weights repacked once, then multiplied without being dequantized in memory.
 
 `layout.py` draws the bytes of a repacked matrix, `kernels.py` holds the kernels, `launch.py` chooses among them by
-the rows of x, and `tuning.py` is the data by which it does. Only `kernels.py` and `launch.py` import Triton.
+the rows of x, and `tuning.py` is the data by which it does. `row_kernels.py` and `row.py` are for one row of x, with
+what a decoded token needs around it. `layout.py`, `tuning.py` and the PTX of both need no Triton.
 
 Factors are exact in float32 and sums are float32, with two exceptions: on tensor cores NF4's codebook is rounded to
 x's dtype, and for many rows the whole matrix is, as the reference does.

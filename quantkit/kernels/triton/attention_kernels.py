@@ -218,17 +218,21 @@ def combine_kernel(
     """
     dtype: tl.constexpr = out.dtype.element_ty
     row, head = tl.program_id(0), tl.program_id(1)
-    count = tl.minimum(tl.load(position).to(tl.int32) + 1, slots)
-    span = tl.cdiv(tl.cdiv(count, BLOCK), splits) * BLOCK
     split = tl.arange(0, SPLITS)
-    ran = split * span < count
+    there = split < splits
     columns = tl.arange(0, BLOCK_WIDTH)
     whole = columns < WIDTH
     place = head * splits + split
-    greatest = tl.load(stats + place * 2 * ROWS + row, mask=ran, other=float("-inf"))
-    weights = tl.load(stats + (place * 2 + 1) * ROWS + row, mask=ran, other=0.0)
+    # all are loaded, what no program wrote as well, so that no load waits for the position
+    greatest = tl.load(stats + place * 2 * ROWS + row, mask=there, other=0.0)
+    weights = tl.load(stats + (place * 2 + 1) * ROWS + row, mask=there, other=0.0)
     at = (place * HEADS + row).to(tl.int64)[:, None] * WIDTH + columns[None, :]
-    found = tl.load(sums + at, mask=ran[:, None] & whole[None, :], other=0.0)
+    found = tl.load(sums + at, mask=there[:, None] & whole[None, :], other=0.0)
+    count = tl.minimum(tl.load(position).to(tl.int32) + 1, slots)
+    ran = split * (tl.cdiv(tl.cdiv(count, BLOCK), splits) * BLOCK) < count
+    greatest = tl.where(ran, greatest, float("-inf"))
+    weights = tl.where(ran, weights, 0.0)
+    found = tl.where(ran[:, None], found, 0.0)
     shares = tl.exp2(greatest - tl.max(greatest, axis=0))
     total = tl.sum(found * shares[:, None], axis=0) / tl.sum(weights * shares, axis=0)
     tl.store(out + (head * HEADS + row) * WIDTH + columns, _rounded(total, dtype, INTERPRET), mask=whole)

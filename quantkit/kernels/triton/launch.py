@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
-from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 
 from calculators.units import ceil_div
-from quantkit.errors import BackendError
-from quantkit.kernels.triton import kernels
+from quantkit.kernels.triton import kernels, row
+from quantkit.kernels.triton.arguments import (
+    INTERPRETED,
+    grant_shared,
+    matrix_arguments,
+    matrix_constants,
+    stored,
+    tuned,
+)
 from quantkit.kernels.triton.layout import Tiles
-from quantkit.kernels.triton.tuning import FAMILIES, HOPPER, Batch, Tuning, tuning
-from quantkit.quantize.nf4 import NF4_CODEBOOK, dynamic_map_on
+from quantkit.kernels.triton.tuning import Batch, Tuning
 
-INTERPRETED = not isinstance(kernels.vector_kernel, triton.JITFunction)  # TRITON_INTERPRET was set at import
 SUM_BLOCK = 512  # sums a program of `sum_kernel`
-UNASKED_SHARED = 48 << 10  # bytes that a kernel may use
-_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_GRANTED: set[int] = set()  # kernels
 _SMALLEST_BLOCK = 8  # rows of x that the tensor cores take
 
 
@@ -38,10 +38,10 @@ def linear(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None) -> torch.T
 def dequantize(matrix: Tiles, dtype: torch.dtype) -> torch.Tensor:
     """Return the (N, K) matrix in `dtype`, computed in float32 and rounded once."""
     chosen = tuned(matrix.codes.device)
-    out = torch.empty(matrix.rows, matrix.cols, dtype=_stored(dtype), device=matrix.codes.device)
+    out = torch.empty(matrix.rows, matrix.cols, dtype=stored(dtype), device=matrix.codes.device)
     with torch.cuda.device_of(out):
         kernels.dequantize_kernel[ceil_div(matrix.rows, chosen.dequantize_rows), matrix.codes.shape[0]](
-            *_arguments(matrix, torch.float32),
+            *matrix_arguments(matrix, torch.float32),
             kernels.POWER,
             out,
             matrix.rows,
@@ -53,7 +53,7 @@ def dequantize(matrix: Tiles, dtype: torch.dtype) -> torch.Tensor:
 
 def dequantize_constants(matrix: Tiles, chosen: Tuning) -> dict[str, Any]:
     """Return the compile-time arguments of `dequantize_kernel`; product and sum stay apart, as in the reference."""
-    return _constants(matrix) | {
+    return matrix_constants(matrix) | {
         "FLAT": matrix.flat,
         "EVEN": matrix.cols % matrix.tile_cols == 0,
         "BLOCK_N": chosen.dequantize_rows,
@@ -65,7 +65,7 @@ def dequantize_constants(matrix: Tiles, chosen: Tuning) -> dict[str, Any]:
 def vector_constants(matrix: Tiles, chosen: Tuning) -> dict[str, Any]:
     """Return the compile-time arguments of `vector_kernel`."""
     split_tiles = _split_tiles(matrix, chosen.vector_rows, chosen.vector_unroll, chosen.vector_programs)
-    return _constants(matrix) | {
+    return matrix_constants(matrix) | {
         "EVEN": matrix.cols % (matrix.tile_cols * split_tiles) == 0,
         "SPLIT_TILES": split_tiles,
         "BLOCK_N": chosen.vector_rows,
@@ -78,7 +78,7 @@ def batch_constants(matrix: Tiles, batch: Batch, lines: int) -> dict[str, Any]:
     """Return the compile-time arguments of `batch_kernel` for so many rows of x."""
     block = min(batch.lines, max(_SMALLEST_BLOCK, triton.next_power_of_2(lines)))
     split_tiles = _split_tiles(matrix, batch.rows, 1, batch.programs // ceil_div(lines, block))
-    return _constants(matrix) | {
+    return matrix_constants(matrix) | {
         "EVEN": matrix.cols % (matrix.tile_cols * split_tiles) == 0,
         "SPLIT_TILES": split_tiles,
         "BLOCK_N": batch.rows,
@@ -91,19 +91,6 @@ def batch_constants(matrix: Tiles, batch: Batch, lines: int) -> dict[str, Any]:
 def sum_constants(splits: int, bias: bool) -> dict[str, Any]:
     """Return the compile-time arguments of `sum_kernel`."""
     return {"SPLITS": splits, "BIAS": bias, "BLOCK": SUM_BLOCK, "enable_fp_fusion": True}
-
-
-def _constants(matrix: Tiles) -> dict[str, Any]:
-    return {
-        "BITS": matrix.bits,
-        "NF4": matrix.nf4,
-        "ZEROS": matrix.zeros is not None,
-        "NESTED": matrix.nested_scales is not None,
-        "GROUP": matrix.group,
-        "SPANS": matrix.spans,
-        "INTERPRET": INTERPRETED,
-        "enable_fp_fusion": True,  # said, because Triton's default changes
-    }
 
 
 def parts(x: torch.Tensor, matrix: Tiles) -> torch.Tensor:
@@ -122,6 +109,8 @@ def parts(x: torch.Tensor, matrix: Tiles) -> torch.Tensor:
 
 def _parts(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
     """Return the parts; a single one has the bias already."""
+    if row.takes(matrix, x.shape[0], x.dtype, x.device):
+        return row.product(x, matrix, bias)[None]
     chosen = tuned(x.device)
     half = x.dtype in (torch.bfloat16, torch.float16)
     batch = chosen.batch(matrix.kind, x.shape[0])
@@ -143,7 +132,7 @@ def _vector(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, chosen: T
     constants = vector_constants(matrix, chosen)
     out = _sums(x, matrix, constants["SPLIT_TILES"])
     kernels.vector_kernel[ceil_div(matrix.rows, chosen.vector_rows), out.shape[0]](
-        x, *_arguments(matrix, torch.float32), kernels.POWER, bias if out.shape[0] == 1 else None, out,
+        x, *matrix_arguments(matrix, torch.float32), kernels.POWER, bias if out.shape[0] == 1 else None, out,
         matrix.rows, matrix.cols, matrix.codes.shape[0],
         BIAS=bias is not None and out.shape[0] == 1, **constants,
     )  # fmt: skip
@@ -156,32 +145,14 @@ def _batch(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, batch: Bat
     grid = ceil_div(matrix.rows, batch.rows), out.shape[0], ceil_div(x.shape[0], constants["BLOCK_M"])
     single = out.shape[0] == 1
     arguments = (
-        x, *_arguments(matrix, x.dtype), bias if single else None, out,
+        x, *matrix_arguments(matrix, x.dtype), bias if single else None, out,
         x.shape[0], matrix.rows, matrix.cols, matrix.codes.shape[0],
     )  # fmt: skip
     constants["BIAS"] = bias is not None and single
     if matrix.nf4 and not INTERPRETED:
-        _grant_shared(kernels.batch_kernel.warmup(*arguments, grid=grid, **constants))
+        grant_shared(kernels.batch_kernel.warmup(*arguments, grid=grid, **constants))
     kernels.batch_kernel[grid](*arguments, **constants)
     return out
-
-
-def _grant_shared(compiled: Any) -> None:
-    """Let a compiled kernel with a table of its own in shared memory be launched.
-
-    A kernel may use 48 KiB without asking. Triton asks where its own share, `metadata.shared`, is more, and does not
-    count the table.
-    """
-    shared = compiled.metadata.shared
-    _ = compiled.run  # loads the kernel
-    if shared > UNASKED_SHARED or compiled.function in _GRANTED:
-        return
-    failed = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(
-        ctypes.c_void_p(compiled.function), _MAX_DYNAMIC_SHARED, shared
-    )
-    if failed:
-        raise BackendError(f"CUDA grants no {shared:,} bytes of shared memory to a kernel (error {failed})")
-    _GRANTED.add(compiled.function)
 
 
 def _split_tiles(matrix: Tiles, block: int, step: int, programs: int) -> int:
@@ -195,7 +166,7 @@ def _split_tiles(matrix: Tiles, block: int, step: int, programs: int) -> int:
 def _sums(x: torch.Tensor, matrix: Tiles, split_tiles: int) -> torch.Tensor:
     """Return (splits, M, N) of unset values: the result itself where K is not split."""
     splits = ceil_div(matrix.codes.shape[0], split_tiles)
-    dtype = _stored(x.dtype) if splits == 1 else torch.float32
+    dtype = stored(x.dtype) if splits == 1 else torch.float32
     return torch.empty(splits, x.shape[0], matrix.rows, dtype=dtype, device=x.device)
 
 
@@ -203,7 +174,7 @@ def _total(parts: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -
     """Return (M, N): the sum of parts (splits, M, N) and the bias, which a single part has already."""
     if parts.shape[0] == 1:
         return parts[0].to(dtype)
-    out = torch.empty(parts.shape[1:], dtype=_stored(dtype), device=parts.device)
+    out = torch.empty(parts.shape[1:], dtype=stored(dtype), device=parts.device)
     kernels.sum_kernel[(ceil_div(out.numel(), SUM_BLOCK),)](
         parts,
         bias,
@@ -213,36 +184,3 @@ def _total(parts: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -
         **sum_constants(parts.shape[0], bias is not None),
     )
     return out.to(dtype)
-
-
-def _stored(dtype: torch.dtype) -> torch.dtype:
-    """Return what a kernel writes: the interpreter cannot round to bfloat16, so torch does it afterwards."""
-    return torch.float32 if INTERPRETED else dtype
-
-
-def _arguments(matrix: Tiles, codebook: torch.dtype) -> tuple[torch.Tensor | None, ...]:
-    """Return the arguments that describe a matrix, NF4's values rounded to the dtype `codebook`."""
-    return (
-        matrix.codes,
-        matrix.scales,
-        matrix.zeros,
-        matrix.nested_scales,
-        matrix.nested_offset,
-        codebook_on(matrix.codes.device, codebook) if matrix.nf4 else None,
-        dynamic_map_on(matrix.codes.device) if matrix.nested_scales is not None else None,
-    )
-
-
-@lru_cache
-def codebook_on(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Return the 16 values of NF4 rounded to `dtype`, as float32; on a device they are made once."""
-    return torch.tensor(NF4_CODEBOOK).to(dtype).float().to(device)
-
-
-@lru_cache
-def tuned(device: torch.device) -> Tuning:
-    """Return the launches on a device."""
-    if device.type != "cuda":
-        return FAMILIES[HOPPER]  # the interpreter
-    major, minor = torch.cuda.get_device_capability(device)
-    return tuning(10 * major + minor)

@@ -75,6 +75,7 @@ def norm_kernel(
     mask = columns < WIDTH
     at = row * WIDTH + columns
     values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    weights = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
     if SPLITS > 0:
         count = tl.num_programs(0) * WIDTH
         added = _total(parts, bias, at, columns, mask, count, dtype, SPLITS, INTERPRET)
@@ -82,8 +83,14 @@ def norm_kernel(
         tl.store(x + at, values, mask=mask)
     scale = tl.rsqrt(tl.sum(values * values, axis=0) / WIDTH + eps)
     normed = _rounded(values * scale, dtype, INTERPRET)
-    normed *= tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + at, _rounded(normed, dtype, INTERPRET), mask=mask)
+    tl.store(out + at, _rounded(normed * weights, dtype, INTERPRET), mask=mask)
+
+
+@triton.jit
+def _silu_times(gate: tl.tensor, up: tl.tensor, dtype: tl.constexpr, INTERPRET: tl.constexpr) -> tl.tensor:
+    """Return silu(gate) * up in float32, both products rounded to `dtype`."""
+    activated = _rounded(gate / (1.0 + tl.exp(-gate)), dtype, INTERPRET)
+    return _rounded(activated * up, dtype, INTERPRET)
 
 
 @triton.jit
@@ -104,8 +111,7 @@ def swiglu_kernel(
     ups = _total(
         up, up_bias, row * up_stride + columns, columns, mask, rows * up_stride, dtype, UP_SPLITS, INTERPRET
     )
-    activated = _rounded(gates / (1.0 + tl.exp(-gates)), dtype, INTERPRET)
-    tl.store(out + row * width + columns, _rounded(activated * ups, dtype, INTERPRET), mask=mask)
+    tl.store(out + row * width + columns, _silu_times(gates, ups, dtype, INTERPRET), mask=mask)
 
 
 @triton.jit

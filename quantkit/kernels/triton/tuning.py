@@ -7,7 +7,7 @@ flight against what the memory's latency needs, and registers against spills.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 KINDS = ("int8", "int4", "int4-asym", "nf4")
 
@@ -34,12 +34,37 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Row:
+    """A launch of `row_kernel`.
+
+    Attributes:
+        warps: of the launch; each block of rows is shared by a power of two of them, until there are about so many.
+        tiles: of 16 rows, that a warp loads at once, at most.
+        parts: times 16 rows are a block; a matrix of two halves has two.
+        programs: at most, which take blocks in turns.
+        registers: of a thread, at most; None leaves it to the compiler.
+        stages: slots of shared memory for what a warp loads at once; 0 where the next tiles go to registers.
+        most_rows: of the matrix; above, it goes by `batches`.
+    """
+
+    warps: int
+    tiles: int
+    parts: int = 1
+    programs: int = 1 << 16
+    registers: int | None = None
+    stages: int = 0
+    most_rows: int = 1 << 16
+
+
+@dataclass(frozen=True)
 class Tuning:
     """The launch of every kernel on one family.
 
     Attributes:
         batches: for each kind of codes, in the order of their limits; above the last, the matrix is dequantized and
             multiplied.
+        rows: for each kind of codes, how one row of x is multiplied; other kinds go by `batches`.
+        halves: likewise where one half of the matrix is the other's gate.
         vector: kinds whose product with one row is `vector_kernel`'s; of others it is `batch_kernel`'s.
         vector_programs: of one launch; K is split until there are about so many.
         vector_rows: of the matrix, a program of `vector_kernel`.
@@ -50,6 +75,8 @@ class Tuning:
     """
 
     batches: Mapping[str, tuple[Batch, ...]]
+    rows: Mapping[str, Row] = field(default_factory=dict)
+    halves: Mapping[str, Row] = field(default_factory=dict)
     vector: frozenset[str] = frozenset(KINDS)
     vector_programs: int = 512
     vector_rows: int = 64
@@ -90,6 +117,16 @@ _HOPPER = Tuning(
             Batch(32, rows=128, warps=4, stages=4, programs=264),
             Batch(128, rows=128, warps=4, stages=3, programs=264),
         ),
+    },
+    rows={
+        "int8": Row(warps=1000, tiles=2, stages=4),
+        "int4": Row(warps=1500, tiles=2, stages=2, most_rows=16384),
+        "nf4": Row(warps=2000, tiles=1, registers=96, most_rows=16384),
+    },
+    halves={
+        "int8": Row(warps=2000, tiles=2, stages=4),
+        "int4": Row(warps=1000, tiles=2, stages=4),
+        "nf4": Row(warps=2000, tiles=2, registers=128, programs=528),
     },
     vector=frozenset(),
 )

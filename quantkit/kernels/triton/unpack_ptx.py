@@ -18,36 +18,29 @@ from collections.abc import Iterator
 
 import torch
 
-_AND_OR, _AND_XOR = 0xEA, 0x6A  # of `lop3`: (a & b) | c and (a & b) ^ c
+AND_OR, _AND_XOR = 0xEA, 0x6A  # of `lop3`: (a & b) | c and (a & b) ^ c
 _FORM = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
 _POWER = {torch.bfloat16: 128.0, torch.float16: 1024.0}  # its mantissa counts in ones
 _TABLE, _LANES, _ENTRIES = "quantkit_nf4_table", 32, 256
 LEAST_THREADS = 64  # that write the table
+TABLE_BYTES = 4 * _LANES * _ENTRIES
 CONSTRAINTS = {bits: ",".join(["=r"] * (16 // bits) + ["r"]) for bits in (4, 8)}
 TABLE_CONSTRAINTS = "=r,l"  # nothing, and the codebook's address
 
 
 def integers(bits: int, dtype: torch.dtype) -> str:
     """Return the instructions for symmetric integers: $0, $1, ... become pairs in a 16-bit `dtype`, from one word."""
-    return "\n".join(["{", *_integers(bits, dtype), "}"])
+    lines = [".reg .b32 shifted, one, offset;", *integer_start(bits, dtype)]
+    for i in range(16 // bits):
+        lines += integer(f"${i}", f"${16 // bits}", bits, dtype, i)
+    return "\n".join(["{", *lines, "}"])
 
 
 def nf4() -> str:
     """Return the instructions for NF4: $0 to $3 become pairs, from the word $4, by the table that was written."""
-    lines = [
-        ".reg .b32 at, bank, table;",
-        "mov.u32 bank, %laneid;",
-        "shl.b32 bank, bank, 2;",
-        f"mov.u32 table, {_TABLE};",
-    ]
-    for byte in range(4):  # to the place of a row's number, the table's rows having 128 bytes
-        shift = 8 * byte - 7
-        lines += [
-            f"shr.u32 at, $4, {shift};" if shift > 0 else f"shl.b32 at, $4, {-shift};",
-            f"lop3.b32 at, at, {(_ENTRIES - 1) * 4 * _LANES:#x}, bank, {_AND_OR:#x};",
-            "add.u32 at, at, table;",
-            f"ld.shared.b32 ${byte}, [at];",
-        ]
+    lines = [".reg .b32 at, bank, table;", *NF4_START]
+    for byte in range(4):
+        lines += nf4_pair(f"${byte}", "$4", byte)
     return "\n".join(["{", *lines, "}"])
 
 
@@ -86,34 +79,53 @@ def nf4_table(dtype: torch.dtype) -> str:
             ]
         lines += ["add.u32 row, row, threads;"]
     lines += ["bar.sync 0;", "mov.u32 $0, 0;"]
-    declared = f".shared .align 128 .b8 {_TABLE}[{4 * _LANES * _ENTRIES}];"
+    declared = f".shared .align 128 .b8 {_TABLE}[{TABLE_BYTES}];"
     return "\n".join([declared, "{", *lines, "}"])
 
 
-def _integers(bits: int, dtype: torch.dtype) -> Iterator[str]:
-    """Yield the instructions for symmetric integers."""
-    count, power = 16 // bits, _POWER[dtype]
-    shifted = f"${count}"
-    whole = (1 << bits) - 1
-    folded = whole >= power  # the highest bit has no place in the mantissa
-    mask = whole >> 1 if folded else whole
-    yield ".reg .b32 shifted, one, offset;"
-    yield f"mov.b32 one, {_twice(1.0, dtype):#x};"
-    if not folded:
-        yield f"mov.b32 offset, {_twice(-(power + (1 << (bits - 1))), dtype):#x};"
-    for i in range(count):
-        if i:
-            yield f"shr.u32 shifted, ${count}, {bits * i};"
-            shifted = "shifted"
-        if folded:  # less 256 where the bit is 0, less 128 where it is 1
-            yield (
-                f"lop3.b32 offset, {shifted}, {(mask + 1) * 0x10001:#x}, {_twice(-2 * power, dtype):#x}, {_AND_XOR:#x};"
-            )
-        yield f"lop3.b32 ${i}, {shifted}, {mask * 0x10001:#x}, {_twice(power, dtype):#x}, {_AND_OR:#x};"
-        yield f"fma.rn.{_FORM[dtype]} ${i}, ${i}, one, offset;"
+NF4_START = ("mov.u32 bank, %laneid;", "shl.b32 bank, bank, 2;", f"mov.u32 table, {_TABLE};")
 
 
-def _twice(value: float, dtype: torch.dtype) -> int:
+def nf4_pair(pair: str, word: str, byte: int) -> Iterator[str]:
+    """Yield the instructions that look up the pair of one byte, in a table whose rows have 128 bytes.
+
+    NF4_START comes before; they use the register `at`.
+    """
+    shift = 8 * byte - 7
+    yield f"shr.u32 at, {word}, {shift};" if shift > 0 else f"shl.b32 at, {word}, {-shift};"
+    yield f"lop3.b32 at, at, {(_ENTRIES - 1) * 4 * _LANES:#x}, bank, {AND_OR:#x};"
+    yield "add.u32 at, at, table;"
+    yield f"ld.shared.b32 {pair}, [at];"
+
+
+def _folded(bits: int, dtype: torch.dtype) -> bool:
+    """Whether the highest bit of a code has no place in the mantissa."""
+    return (1 << bits) > _POWER[dtype]
+
+
+def integer_start(bits: int, dtype: torch.dtype) -> Iterator[str]:
+    """Yield the instructions that `integer` needs before: they set registers `one` and `offset`."""
+    yield f"mov.b32 one, {twice(1.0, dtype):#x};"
+    if not _folded(bits, dtype):
+        yield f"mov.b32 offset, {twice(-(_POWER[dtype] + (1 << (bits - 1))), dtype):#x};"
+
+
+def integer(pair: str, word: str, bits: int, dtype: torch.dtype, i: int) -> Iterator[str]:
+    """Yield the instructions that make code i of both halves of a word a pair; they use the register `shifted`."""
+    power, mask = _POWER[dtype], (1 << bits) - 1
+    shifted = word
+    if i:
+        yield f"shr.u32 shifted, {word}, {bits * i};"
+        shifted = "shifted"
+    if _folded(bits, dtype):  # less 256 where the bit is 0, less 128 where it is 1
+        highest = ((mask >> 1) + 1) * 0x10001
+        yield f"lop3.b32 offset, {shifted}, {highest:#x}, {twice(-2 * power, dtype):#x}, {_AND_XOR:#x};"
+        mask >>= 1
+    yield f"lop3.b32 {pair}, {shifted}, {mask * 0x10001:#x}, {twice(power, dtype):#x}, {AND_OR:#x};"
+    yield f"fma.rn.{_FORM[dtype]} {pair}, {pair}, one, offset;"
+
+
+def twice(value: float, dtype: torch.dtype) -> int:
     """Return the bits of a register that holds a value of `dtype` twice."""
     bits = int(torch.tensor(value, dtype=dtype).view(torch.int16)) & 0xFFFF
     return bits * 0x10001
