@@ -179,7 +179,7 @@ def check_row(scheme: str, name: str, dtype: torch.dtype) -> None:
     matrix = tiles(empty_quantized(shape, SCHEMES[scheme], dtype, "cpu"))
     found = compiled_row(matrix, dtype, halves, normed, residual)
     assert found.usage["STACK"] == found.usage["LOCAL"] == 0, "registers spill"
-    assert found.shared_bytes + found.usage["SHARED"] <= SHARED_BYTES[90]
+    assert found.shared_bytes + found.usage["SHARED"] <= 48 << 10, "it would have to be asked for"
     copies = found.count("LDGSTS.E.BYPASS") if found.constants["STAGES"] else found.count("LDG.E.NA.128")
     assert copies >= 2 * found.constants["TILES"] * found.constants["PARTS"], (
         "16 bytes are not loaded at a time"

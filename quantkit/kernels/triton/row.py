@@ -14,7 +14,6 @@ from quantkit.kernels.triton.arguments import (
     INTERPRETED,
     UNASKED_SHARED,
     codebook_on,
-    grant_shared,
     stored,
     tuned,
 )
@@ -25,6 +24,7 @@ from quantkit.kernels.triton.unpack_ptx import LEAST_THREADS, TABLE_BYTES
 
 _CHUNK = 8  # elements of x that are loaded at once
 _ELEMENT_BYTES = 2  # of x
+_TRITONS_BYTES = 8 << 10  # of shared memory, for its sums over warps, at most
 _LANES, _MOST_WARPS = 32, 8  # of a warp and of a program
 
 
@@ -95,7 +95,8 @@ def constants(matrix: Tiles, halves: bool) -> dict[str, Any]:
     parts = 2 if halves else chosen.parts
     count, slots = matrix.codes.shape[0], max(chosen.stages, 1)
     tile_bytes = matrix.tile_cols * _ELEMENT_BYTES + (parts * BLOCK * 4 * TILE if chosen.stages else 0)
-    room = (UNASKED_SHARED - (TABLE_BYTES if matrix.nf4 else 0)) // (slots * tile_bytes)  # tiles at once
+    unasked = UNASKED_SHARED - _TRITONS_BYTES - (TABLE_BYTES if matrix.nf4 else 0)
+    room = unasked // (slots * tile_bytes)  # tiles at once
     warps = LEAST_THREADS // _LANES if matrix.nf4 else 1
     while warps * matrix.rows // (BLOCK * parts) < chosen.warps and 2 * warps <= min(_MOST_WARPS, room):
         warps *= 2
@@ -158,6 +159,4 @@ def _launch(
         "RESIDUAL": squares is not None,
     }
     grid = (min(blocks, _chosen(matrix, halves).programs),)
-    if not INTERPRETED:
-        grant_shared(row_kernels.row_kernel.warmup(*given, grid=grid, **fixed))
     row_kernels.row_kernel[grid](*given, **fixed)
