@@ -95,4 +95,4 @@ def _matrix(linear: Linear) -> Any:
     weight, module = linear.weight, native.require()
     assert isinstance(weight, PackedWeight)
     bias = None if linear.bias is None else linear.bias.float()
-    return module.Matrix(module.Layout(*weight.layout), weight.data, bias)
+    return module.Matrix(native.layout_of(weight.layout), weight.data, bias)

@@ -192,11 +192,11 @@ def test_other_plain_matrices_go_to_torch() -> None:
 def test_operators_have_fakes_that_compile_and_trace_see() -> None:
     packed = native.pack([random_matrix(SCHEMES["nf4-dq"], (48, 128), torch.bfloat16)])
     x = torch.randn(3, 128, dtype=torch.bfloat16)
-    arguments = (x, packed.data, None, *packed.layout)
+    arguments = (x, packed.data, None, 48, packed.layout)
     torch.library.opcheck(torch.ops.quantkit.packed_linear.default, arguments)
     plain = (x[:1], torch.randn(16, 128).bfloat16(), None)
     torch.library.opcheck(torch.ops.quantkit.plain_linear.default, plain)
-    faked = torch.ops.quantkit.packed_linear(x.to("meta"), packed.data.to("meta"), None, *packed.layout)
+    faked = torch.ops.quantkit.packed_linear(x.to("meta"), packed.data.to("meta"), None, 48, packed.layout)
     assert faked.shape == (3, 48)
 
 
@@ -258,8 +258,9 @@ class TestBadInput:
         aligned = torch.zeros(weight.numel() + 64, dtype=torch.uint8)  # type: ignore[attr-defined]
         for arguments, words in (
             ((weight, x.double(), out), "x has the wrong dtype"),
-            ((weight, torch.zeros(2, 64), out), r"x must have shape \(rows, 128\)"),
-            ((weight, torch.zeros(128), out), "x must have shape"),
+            ((weight, torch.zeros(2, 64), out), r"x must have shape \(\.\.\., 128\)"),
+            ((weight, torch.zeros(64), out), "x must have shape"),
+            ((weight, torch.tensor(1.0), out), "x must have shape"),
             ((weight, torch.zeros(2, 256)[:, ::2], out), "x is not contiguous"),
             ((weight, x, out.bfloat16()), "out has the wrong dtype"),
             ((weight, x, torch.zeros(2, 31)), "out has 62 elements"),

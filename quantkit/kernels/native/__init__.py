@@ -64,9 +64,9 @@ class PackedWeight:
         return self.data.device
 
     @cached_property
-    def layout(self) -> tuple[str, int, int, int, str, bool]:
-        """What describes the bytes to the kernels: kind, N, K, group, dtype of scales, zero points."""
-        return _layout_key(self.scheme, self.shape, self.scale_dtype)
+    def layout(self) -> str:
+        """What describes the bytes to the kernels, in one word: an operator passes it at little cost."""
+        return _layout_name(self.scheme, self.shape, self.scale_dtype)
 
 
 def packs(scheme: QuantScheme, cols: int) -> bool:
@@ -129,7 +129,7 @@ def pack(weights: Sequence[QuantizedTensor], arena: Arena | None = None) -> Pack
         raise BackendError("the native backend cannot take these matrices: see `fusable`")
     scheme, cols = weights[0].scheme, weights[0].shape[1]
     scale_dtype = weights[0].scales.dtype
-    layouts = [_layout(*_layout_key(scheme, weight.shape, scale_dtype)) for weight in weights]
+    layouts = [layout_of(_layout_name(scheme, weight.shape, scale_dtype)) for weight in weights]
     data = (arena or Arena()).take(sum(layout.nbytes for layout in layouts))
     start = 0
     for weight, layout in zip(weights, layouts, strict=True):
@@ -152,7 +152,7 @@ def pack(weights: Sequence[QuantizedTensor], arena: Arena | None = None) -> Pack
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return x @ W.T + bias for x (..., K), in x's dtype; float16 is computed in float32."""
-    return torch.ops.quantkit.packed_linear(x, weight.data, bias, *weight.layout)
+    return _PACKED_LINEAR(x, weight.data, bias, weight.shape[0], weight.layout)
 
 
 def takes_plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -168,7 +168,7 @@ def takes_plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return x @ W.T + bias for one or two rows x (..., K) and W (N, K), all bfloat16."""
-    return torch.ops.quantkit.plain_linear(x, weight, bias)
+    return _PLAIN_LINEAR(x, weight, bias)
 
 
 def takes_heads(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
@@ -198,22 +198,18 @@ def attention(
     return torch.ops.quantkit.attention(q, keys, values, keys.shape[2] if window is None else window)
 
 
-def _layout_key(
-    scheme: QuantScheme, shape: tuple[int, int], scale_dtype: torch.dtype
-) -> tuple[str, int, int, int, str, bool]:
+def _layout_name(scheme: QuantScheme, shape: tuple[int, int], scale_dtype: torch.dtype) -> str:
+    """Return kind, N, K, group, dtype of scales, and whether there are zero points."""
     kind = scheme.method if scheme.method == "nf4" else f"int{scheme.bits}"
-    return (
-        kind,
-        *shape,
-        scheme.group or shape[1],
-        str(scale_dtype).removeprefix("torch."),
-        not scheme.symmetric,
-    )
+    scale = str(scale_dtype).removeprefix("torch.")
+    return f"{kind} {shape[0]} {shape[1]} {scheme.group or shape[1]} {scale} {int(not scheme.symmetric)}"
 
 
 @cache
-def _layout(kind: str, rows: int, cols: int, group: int, scale: str, zeros: bool) -> Any:
-    return require().Layout(kind, rows, cols, group, scale, zeros)
+def layout_of(name: str) -> Any:
+    """Return what `_layout_name` names, as the kernels take it."""
+    kind, rows, cols, group, scale, zeros = name.split()
+    return require().Layout(kind, int(rows), int(cols), int(group), scale, zeros == "1")
 
 
 def require() -> ModuleType:
@@ -233,67 +229,51 @@ def require() -> ModuleType:
 # An operator, so that torch.compile and tracing see one node where the kernel runs.
 _LIBRARY = torch.library.Library("quantkit", "FRAGMENT")
 _LIBRARY.define(
-    "packed_linear(Tensor x, Tensor weight, Tensor? bias, str kind, int rows, int cols, int group, str scale, "
-    "bool zeros) -> Tensor",
+    "packed_linear(Tensor x, Tensor weight, Tensor? bias, int rows, str layout) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
+_LIBRARY.define("plain_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_PACKED_LINEAR = torch.ops.quantkit.packed_linear.default
+_PLAIN_LINEAR = torch.ops.quantkit.plain_linear.default
 
 
+# Between products that read all of a model, the interpreter's own instructions come from memory: the fewer, the better.
 @torch.library.impl(_LIBRARY, "packed_linear", "CPU")
 def _packed_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    kind: str,
-    rows: int,
-    cols: int,
-    group: int,
-    scale: str,
-    zeros: bool,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: int, layout: str
 ) -> torch.Tensor:
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    if x.dtype == torch.float16:
-        flat = flat.float()
-    out = torch.empty(flat.shape[0], rows, dtype=flat.dtype)
+    wide = x if x.dtype != torch.float16 else x.float()
+    if not wide.is_contiguous():
+        wide = wide.contiguous()
+    out = torch.empty((*x.shape[:-1], rows), dtype=wide.dtype)
+    found = layout_of(layout)
     require().multiply(
-        _layout(kind, rows, cols, group, scale, zeros),
+        found,
         to_dlpack(weight),
-        to_dlpack(flat),
+        to_dlpack(wide),
         to_dlpack(out),
         None if bias is None else bias.float(),
-        dynamic_map() if scale == "uint8" else None,
+        dynamic_map() if found.nested else None,
         torch.get_num_threads(),
     )
-    return out.to(x.dtype).view(*x.shape[:-1], rows)
+    return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
 @torch.library.register_fake("quantkit::packed_linear", lib=_LIBRARY)
 def _packed_linear_fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    kind: str,
-    rows: int,
-    cols: int,
-    group: int,
-    scale: str,
-    zeros: bool,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: int, layout: str
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
-_LIBRARY.define("plain_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-
-
 @torch.library.impl(_LIBRARY, "plain_linear", "CPU")
 def _plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    out = torch.empty(flat.shape[0], weight.shape[0], dtype=x.dtype)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
     wide = None if bias is None else bias.float()
-    require().multiply_plain(
-        to_dlpack(weight), to_dlpack(flat), to_dlpack(out), wide, torch.get_num_threads()
-    )
-    return out.view(*x.shape[:-1], weight.shape[0])
+    require().multiply_plain(to_dlpack(weight), to_dlpack(x), to_dlpack(out), wide, torch.get_num_threads())
+    return out
 
 
 @torch.library.register_fake("quantkit::plain_linear", lib=_LIBRARY)

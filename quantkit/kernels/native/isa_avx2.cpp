@@ -112,7 +112,7 @@ struct Planes {
             const int64_t now = blocks < 4 ? blocks : 4;  // 8 sums of at most 2 * 15 * 128 fit 16 bits
             __m256i narrow[2][PARTS] = {};
             for (int64_t block = 0; block < now; ++block) {
-                __builtin_prefetch(codes + next);
+                prefetch_once(codes + next);
                 unroll<PARTS>(EACH(part) {
                     const __m256i bytes = load_once(codes, part);
                     const __m256i low = _mm256_and_si256(bytes, nibble);
@@ -176,7 +176,7 @@ struct Pairs {
         const __m256i nibble = _mm256_set1_epi8(0xf);
         __m256i total[2][PARTS] = {};  // rows 0 1 and 2 3 of each 128 bits, two lanes a row
         for (int64_t block = 0; block < blocks; ++block) {
-            __builtin_prefetch(codes + next);
+            prefetch_once(codes + next);
             unroll<PARTS>(EACH(part) {
                 const __m256i bytes = load_once(codes, part);
                 unroll<2>(EACH(half) {  // nibbles of columns 0 4 1 5, then of 2 6 3 7

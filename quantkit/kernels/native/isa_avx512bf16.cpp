@@ -54,7 +54,7 @@ struct Planes {
             __m512i halves[2][N];
             unroll<N>(EACH(n) {
                 const uint8_t* at = codes + n * panel_bytes;
-                unroll<BYTES / 64>(EACH(line) { __builtin_prefetch(at + next + 64 * line); });
+                unroll<BYTES / 64>(EACH(line) { prefetch_once(at + next + 64 * line); });
                 if constexpr (K == Kind::int8) {
                     halves[0][n] = load_once(at);
                     halves[1][n] = load_once(at + 64);

@@ -66,13 +66,18 @@ void pack_matrix(const Layout& l, const Array& codes, const Array& scales, const
     pack(l, from, values, to, threads);
 }
 
+// Rows of x (..., cols).
+int64_t rows_of(const Array& x, int64_t cols) {
+    if (x.ndim() < 1 || static_cast<int64_t>(x.shape(x.ndim() - 1)) != cols)
+        throw std::invalid_argument("x must have shape (..., " + std::to_string(cols) + ")");
+    return static_cast<int64_t>(x.size()) / cols;
+}
+
 void multiply(const Layout& l, const Array& weight, const Array& x, const Array& out,
               const std::optional<Array>& bias, const std::optional<Array>& map, int threads) {
     check(weight, "weight", {nb::dtype<uint8_t>()}, l.nbytes, 64);
     check(x, "x", {nb::dtype<float>(), BF16});
-    if (x.ndim() != 2 || static_cast<int64_t>(x.shape(1)) != l.cols)
-        throw std::invalid_argument("x must have shape (rows, " + std::to_string(l.cols) + ")");
-    const int64_t m = x.shape(0);
+    const int64_t m = rows_of(x, l.cols);
     check(out, "out", {x.dtype()}, m * l.rows);
     if (bias) check(*bias, "bias", {nb::dtype<float>()}, l.rows);
     if (l.scale == Type::nested) {
@@ -96,9 +101,8 @@ void multiply_plain(const Array& weight, const Array& x, const Array& out, const
     check(x, "x", {BF16});
     if (weight.ndim() != 2) throw std::invalid_argument("weight must have two dimensions");
     const auto rows = static_cast<int64_t>(weight.shape(0)), cols = static_cast<int64_t>(weight.shape(1));
-    if (x.ndim() != 2 || static_cast<int64_t>(x.shape(1)) != cols || x.shape(0) < 1 || x.shape(0) > 2)
-        throw std::invalid_argument("x must have shape (1 or 2, " + std::to_string(cols) + ")");
-    const auto m = static_cast<int64_t>(x.shape(0));
+    const int64_t m = rows_of(x, cols);
+    if (m < 1 || m > 2) throw std::invalid_argument("x must have 1 or 2 rows, not " + std::to_string(m));
     check(out, "out", {BF16}, m * rows);
     if (bias) check(*bias, "bias", {nb::dtype<float>()}, rows);
     check_threads(threads);
@@ -120,6 +124,7 @@ void bind_linear(nb::module_& module) {
              },
              nb::arg("kind"), nb::arg("rows"), nb::arg("cols"), nb::arg("group"), nb::arg("scale"), nb::arg("zeros"))
         .def_ro("nbytes", &Layout::nbytes)
+        .def_prop_ro("nested", [](const Layout& self) { return self.scale == Type::nested; })
         .def_ro("panel_bytes", &Layout::panel_bytes);
     module.def("pack", &pack_matrix, nb::arg("layout"), nb::arg("codes").noconvert(), nb::arg("scales").noconvert(),
                nb::arg("zeros").noconvert().none(), nb::arg("nested_scales").noconvert().none(),

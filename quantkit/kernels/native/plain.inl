@@ -9,7 +9,7 @@ QUANTKIT_INLINE void plain_row(const PlainProduct& p, const float* x, int64_t ro
     vf sum[CHAINS][M] = {};
     int64_t column = 0;
     for (; column + STEP <= p.cols; column += STEP) {
-        unroll<(STEP * 2 + 63) / 64>(EACH(line) { __builtin_prefetch(weights + column + 32 * line + NEXT); });
+        unroll<(STEP * 2 + 63) / 64>(EACH(line) { prefetch_once(weights + column + 32 * line + NEXT); });
         unroll<CHAINS>(EACH(chain) {
             const int64_t at = column + chain * LANES;
             const vf values = load_bf16(weights + at);

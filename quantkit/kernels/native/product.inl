@@ -175,6 +175,10 @@ private:
     [[maybe_unused]] vf pair_[2];
 };
 
+// Prefetches what is read once, so that it leaves alone what caches hold of all else: between two products that is the
+// interpreter and its instructions.
+QUANTKIT_INLINE void prefetch_once(const void* at) { __builtin_prefetch(at, 0, 0); }
+
 // From codes at offset `at` of one of N panels that are read together to what is to be prefetched: codes of the same
 // panel, or of the one that is read after it.
 template <int N>
@@ -320,7 +324,7 @@ void direct(const Product& p, int64_t first, const typename E::X* x, const float
         for (int64_t block = 0; block < blocks; ++block) {
             unroll<N>(EACH(n) {
                 const uint8_t* bytes = codes + n * panel_bytes;
-                unroll<E::BYTES / 64>(EACH(line) { __builtin_prefetch(bytes + next + 64 * line); });
+                unroll<E::BYTES / 64>(EACH(line) { prefetch_once(bytes + next + 64 * line); });
                 typename E::W weights[E::UNITS][PARTS];
                 E::decode(bytes, weights);
                 unroll<E::UNITS>(EACH(unit) {
