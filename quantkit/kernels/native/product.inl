@@ -16,7 +16,7 @@
 // Each result is summed by one thread in a fixed order: results do not depend on the number of threads.
 
 constexpr int PARTS = PANEL / LANES;
-constexpr int64_t AHEAD = 5120;           // bytes of codes that are read before what is prefetched
+constexpr int64_t AHEAD = 4096;           // bytes of codes that are read before what is prefetched
 constexpr int64_t STRIP_UNITS = 128;      // decoded at a time
 constexpr int64_t TILE_STRIPS = 4;        // that meet a block of x together
 constexpr int64_t TILES_OF_THREAD = 16;   // at least: with fewer, some threads would wait for others
