@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quantkit.kernels import reference
+from quantkit.kernels import ops, reference
 from quantkit.kernels import triton as kernels
 from quantkit.kernels.triton import row, row_ptx
 from quantkit.kernels.triton.layout import Tiles
@@ -139,6 +139,17 @@ def test_a_residual_stream_is_written_for_the_next_norm(scheme: str) -> None:
         exact = normed @ reference.dequantize(following).double().T
         magnitude = normed.abs() @ reference.dequantize(following).double().abs().T
         assert ((found - exact).abs() <= 2 * ROUNDING[torch.bfloat16] * magnitude).all()
+
+
+def test_x_that_lies_askew_goes_another_way() -> None:
+    weight = random_matrix(SCHEMES["int8"], (32, 128), torch.bfloat16)
+    matrix = matrix_of(weight)
+    whole = random_x(1, 136, torch.bfloat16)
+    assert row.takes_x(whole[:, 8:], matrix)
+    askew = whole[:, 3:131]
+    assert askew.is_contiguous()
+    assert not row.takes_x(askew, matrix)
+    check(weight, askew, ops.linear(askew, ops.prepare(weight, "triton")))
 
 
 def test_what_is_not_taken() -> None:

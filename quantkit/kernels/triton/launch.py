@@ -109,7 +109,7 @@ def parts(x: torch.Tensor, matrix: Tiles) -> torch.Tensor:
 
 def _parts(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
     """Return the parts; a single one has the bias already."""
-    if row.takes(matrix, x.shape[0], x.dtype, x.device):
+    if row.takes_x(x, matrix):
         return row.product(x, matrix, bias)[None]
     chosen = tuned(x.device)
     half = x.dtype in (torch.bfloat16, torch.float16)

@@ -22,7 +22,7 @@ from quantkit.kernels.triton.row_ptx import BLOCK
 from quantkit.kernels.triton.tuning import Row
 from quantkit.kernels.triton.unpack_ptx import LEAST_THREADS, TABLE_BYTES
 
-_CHUNK = 8  # elements of x that are loaded at once
+_CHUNK = 8  # elements of x that are loaded at once, from a multiple of so many
 _ELEMENT_BYTES = 2  # of x
 _TRITONS_BYTES = 8 << 10  # of shared memory, for its sums over warps, at most
 _LANES, _MOST_WARPS = 32, 8  # of a warp and of a program
@@ -56,6 +56,12 @@ def takes(matrix: Tiles, lines: int, dtype: torch.dtype, device: torch.device, h
         and matrix.nested_scales is None
         and not matrix.flat
     )
+
+
+def takes_x(x: torch.Tensor, matrix: Tiles) -> bool:
+    """Whether `product` multiplies contiguous x (M, K): so many rows, and where they lie."""
+    aligned = x.data_ptr() % (_CHUNK * x.element_size()) == 0
+    return aligned and takes(matrix, x.shape[0], x.dtype, x.device)
 
 
 def product(x: torch.Tensor | Stream, matrix: Tiles, bias: torch.Tensor | None = None) -> torch.Tensor:
