@@ -88,6 +88,8 @@ def test_products_meet_the_oracle(scheme: QuantScheme, shape: tuple[int, int]) -
     ids=["a-warp", "a-warp-two-parts", "two-stages", "three-stages-two-parts", "one-program"],
 )
 def test_every_launch_gives_the_same(launch: Row, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if launch.stages and scheme == "nf4":
+        pytest.skip("its table leaves no room for slots of two warps")
     kinds = dict.fromkeys(FAMILIES[90].rows, launch)
     monkeypatch.setattr(row, "tuned", lambda device: replace(FAMILIES[90], rows=kinds, halves=kinds))
     weight = random_matrix(SCHEMES[scheme], (32, 1152), torch.bfloat16)

@@ -108,6 +108,7 @@ def constants(matrix: Tiles, halves: bool) -> dict[str, Any]:
         warps *= 2
     each = ceil_div(count, warps)
     most = min(each, max(1, chosen.tiles // parts), room // warps)
+    assert most > 0, f"{chosen} needs more shared memory than there is"
     held = next(size for size in range(most, 0, -1) if each % size == 0)
     if 2 * held < most:  # rather a last step that is not full
         held = ceil_div(each, ceil_div(each, most))
