@@ -188,8 +188,8 @@ class Token:
         stream: torch.Tensor | row.Stream = step.norm(x, None, layers.blocks[0].attention_norm, eps)
         following = [*(block.attention_norm for block in layers.blocks[1:]), layers.norm]
         for block, slab, next_norm in zip(layers.blocks, self._slabs, following, strict=True):
-            qkv = row.product(stream, *_tiles(block.qkv))
-            q, k, v = (step.Parts(part[None]) for part in qkv.split(_rows(block.qkv), dim=-1))
+            assert isinstance(block.qkv, Fused)
+            q, k, v = _split(step.Parts(row.product(stream, *_tiles(block.qkv))[None]), block.qkv.rows)
             out = self._step.attention(self._step.heads(q, k, v, slab), slab)
             stream = row.add_product(out, *_tiles(block.o), x, block.ffn_norm, eps)
             wide = row.gated(stream, *_tiles(block.gate_up))
@@ -237,10 +237,6 @@ def _tiles(linear: Linear | Fused | tuple[Linear, ...]) -> tuple[Tiles, torch.Te
     return whole.weight.tiles, whole.bias
 
 
-def _rows(linears: Fused | tuple[Linear, ...]) -> list[int]:
-    return list(linears.rows) if isinstance(linears, Fused) else [linear.rows for linear in linears]
-
-
 def _linears(block: Block) -> list[Linear]:
     qkv = [block.qkv.linear] if isinstance(block.qkv, Fused) else [*block.qkv]
     gate_up = [block.gate_up.linear] if isinstance(block.gate_up, Fused) else [*block.gate_up]
@@ -254,13 +250,18 @@ def _taken(linear: Linear) -> bool:
 
 def _parts(x: torch.Tensor, linears: Fused | Sequence[Linear]) -> list[Parts]:
     """Return x (B, K) times each matrix, not added up yet; those of a fused one are views."""
-    from quantkit.kernels.triton.step import Parts
 
     if not isinstance(linears, Fused):
         return [_product(x, linear) for linear in linears]
-    whole = _product(x, linears.linear)
-    sums = whole.sums.split(linears.rows, dim=2)
-    biases = [None] * len(sums) if whole.bias is None else whole.bias.split(linears.rows)
+    return _split(_product(x, linears.linear), linears.rows)
+
+
+def _split(whole: Parts, rows: Sequence[int]) -> list[Parts]:
+    """Return the parts of matrices that lie below each other, so many rows each, as views."""
+    from quantkit.kernels.triton.step import Parts
+
+    sums = whole.sums.split(rows, dim=2)
+    biases = [None] * len(sums) if whole.bias is None else whole.bias.split(rows)
     return [Parts(*pair) for pair in zip(sums, biases, strict=True)]
 
 

@@ -41,12 +41,18 @@ def codebook_on(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
 
 
 def matrix_constants(matrix: Tiles) -> dict[str, Any]:
-    """Return the compile-time arguments that describe a matrix."""
+    """Return the compile-time arguments that describe a matrix of any kind."""
+    return plain_constants(matrix) | {
+        "ZEROS": matrix.zeros is not None,
+        "NESTED": matrix.nested_scales is not None,
+    }
+
+
+def plain_constants(matrix: Tiles) -> dict[str, Any]:
+    """Return those that describe one without zero points and nested scales."""
     return {
         "BITS": matrix.bits,
         "NF4": matrix.nf4,
-        "ZEROS": matrix.zeros is not None,
-        "NESTED": matrix.nested_scales is not None,
         "GROUP": matrix.group,
         "SPANS": matrix.spans,
         "INTERPRET": INTERPRETED,

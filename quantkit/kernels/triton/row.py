@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,9 @@ import triton
 from calculators.units import ceil_div
 from quantkit.kernels.triton import row_kernels, row_ptx
 from quantkit.kernels.triton.arguments import (
-    INTERPRETED,
     UNASKED_SHARED,
     codebook_on,
+    plain_constants,
     stored,
     tuned,
 )
@@ -45,7 +46,7 @@ class Stream:
 
 def takes(matrix: Tiles, lines: int, dtype: torch.dtype, device: torch.device, halves: bool = False) -> bool:
     """Whether a matrix, or one of two halves, is multiplied by so many rows of x in this dtype here."""
-    launches = tuned(device).halves if halves else tuned(device).rows
+    launches = _launches(device, halves)
     return (
         lines == 1
         and dtype in (torch.bfloat16, torch.float16)
@@ -113,13 +114,7 @@ def constants(matrix: Tiles, halves: bool) -> dict[str, Any]:
     if 2 * held < most:  # rather a last step that is not full
         held = ceil_div(each, ceil_div(each, most))
     steps = ceil_div(each, held)
-    return {
-        "BITS": matrix.bits,
-        "NF4": matrix.nf4,
-        "GROUP": matrix.group,
-        "SPANS": matrix.spans,
-        "INTERPRET": INTERPRETED,
-        "enable_fp_fusion": True,
+    return plain_constants(matrix) | {
         "EVEN": count == warps * held * steps and matrix.cols == count * matrix.tile_cols,
         "GATED": halves,
         "PARTS": parts,
@@ -135,9 +130,12 @@ def constants(matrix: Tiles, halves: bool) -> dict[str, Any]:
     }
 
 
+def _launches(device: torch.device, halves: bool) -> Mapping[str, Row]:
+    return tuned(device).halves if halves else tuned(device).rows
+
+
 def _chosen(matrix: Tiles, halves: bool) -> Row:
-    launches = tuned(matrix.codes.device)
-    return (launches.halves if halves else launches.rows)[matrix.kind]
+    return _launches(matrix.codes.device, halves)[matrix.kind]
 
 
 def _launch(

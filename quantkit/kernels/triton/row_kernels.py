@@ -172,6 +172,17 @@ def _first_tile(step: tl.tensor, lane: tl.tensor, TILES: tl.constexpr, WARPS: tl
 
 
 @triton.jit
+def _place(
+    codes: tl.tensor, row: tl.tensor, below: tl.tensor, tile: tl.tensor, lane: tl.tensor, N: tl.tensor,
+    tiles: tl.tensor,
+    EVEN: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return where a lane's words of a tile begin, so many rows below its row; those of the last tile beyond it."""
+    there = tile if EVEN else tl.minimum(tile, tiles - 1)
+    return codes + (there * N + row + below) * _TILE + 4 * (lane % 4)
+
+
+@triton.jit
 def _share(
     first: tl.tensor, begin: tl.constexpr, lane: tl.tensor,
     PER: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
@@ -205,13 +216,11 @@ def _copy(
         if step < STEPS:
             first = _first_tile(step, lane, TILES, WARPS)
             for t in tl.static_range(TILES):
-                tile = first + t * WARPS
-                there = tile if EVEN else tl.minimum(tile, tiles - 1)
                 for part in tl.static_range(PARTS):
                     tl.inline_asm_elementwise(
                         _COPY_WORDS, "=r,l,r",
                         [
-                            codes + (there * N + row + part * apart) * _TILE + 4 * (lane % 4),
+                            _place(codes, row, part * apart, first + t * WARPS, lane, N, tiles, EVEN),
                             words + (t * PARTS + part) * _BLOCK_BYTES + lane % _LANES * _CHUNK,
                         ],
                         dtype=tl.int32, is_pure=False, pack=1,
@@ -236,9 +245,8 @@ def _words(
     words: tl.tensor = ()
     for t in tl.static_range(TILES):
         tile = _first_tile(step, lane, TILES, WARPS) + t * WARPS
-        there = tile if EVEN else tl.minimum(tile, tiles - 1)
         for part in tl.static_range(PARTS):
-            words += _words_at(codes + (there * N + row + part * apart) * _TILE + 4 * (lane % 4), INTERPRET)
+            words += _words_at(_place(codes, row, part * apart, tile, lane, N, tiles, EVEN), INTERPRET)
     return words
 
 

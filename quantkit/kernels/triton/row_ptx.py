@@ -25,7 +25,7 @@ SHARED = "quantkit_shared"
 PAUSE = "bar.warp.sync -1;\nmov.b32 $0, $1;"
 COMMIT = "cp.async.commit_group;\nmov.b32 $0, $1;"
 _ROW_BYTES = 4 * TILE
-_APART = BLOCK // 2 * _ROW_BYTES  # bytes from one to the other row of a lane
+_APART = BLOCK // 2 * _ROW_BYTES  # bytes from one to the other row of a lane, in memory and in a slot
 _ZERO_POINT = 8
 _FORM = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _MANTISSA = {torch.bfloat16: 7, torch.float16: 10}
@@ -81,9 +81,11 @@ def declare_shared(size: int) -> str:
 
 
 def copy_words() -> str:
-    """Return the instructions that begin to copy from $1 what `load_words` loads, to byte $2 and 512 behind."""
+    """Return the instructions that begin to copy from $1 what `load_words` loads, to byte $2 and as far behind."""
     copy = "cp.async.cg.shared.global.L2::128B"
-    return _at("$2", f"{copy} [at], [$1], 16;", f"{copy} [at + 512], [$1 + {_APART}], 16;", "mov.b32 $0, $2;")
+    return _at(
+        "$2", f"{copy} [at], [$1], 16;", f"{copy} [at + {_APART}], [$1 + {_APART}], 16;", "mov.b32 $0, $2;"
+    )
 
 
 def copy_x() -> str:
@@ -103,9 +105,11 @@ def store_x() -> str:
 
 
 def shared_words() -> str:
-    """Return the instructions that read words $0 to $3 from byte $8, and $4 to $7 from 512 behind."""
+    """Return the instructions that read words $0 to $3 from byte $8, and $4 to $7 from as far behind."""
     return _at(
-        "$8", "ld.shared.v4.b32 {$0, $1, $2, $3}, [at];", "ld.shared.v4.b32 {$4, $5, $6, $7}, [at + 512];"
+        "$8",
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [at];",
+        f"ld.shared.v4.b32 {{$4, $5, $6, $7}}, [at + {_APART}];",
     )
 
 
