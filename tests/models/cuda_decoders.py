@@ -32,7 +32,8 @@ def make(scheme: str, dtype: torch.dtype, device: str, fused: bool = True, **ove
                     for name in names:
                         del quantized[name], weights[name]
     weights |= {name: ops.prepare(weight, "triton") for name, weight in quantized.items()}
-    return Decoder(config, weights, dtype, fused=fused)
+    attention = "sdpa" if device == "cpu" else "auto"  # the interpreter's prompts go one way, `fused` or not
+    return Decoder(config, weights, dtype, attention=attention, fused=fused)
 
 
 def decode(
