@@ -2,9 +2,11 @@
 
 `kernels/triton/step.py` does what `Decoder.forward` does, with the same roundings, in ten kernels a layer. For one
 sequence in bfloat16, and matrices that `kernels/triton/row.py` takes, these are seven: products norm what they read,
-and add to the residual stream; a norm's factor is rounded once less then. A graph starts them all at once: launched one
-by one they would take longer than they run. It belongs to a cache, reads where the token stands from device memory, and
-goes when the cache does.
+and add to the residual stream; a norm's factor is rounded once less then. On a Hopper each of the seven begins while
+the one ahead still runs, and a product asks for its first tiles meanwhile.
+
+A graph launches all of them at once: one by one that would take longer than they run. It belongs to a cache, reads
+where the token stands from device memory, and goes when the cache does.
 """
 
 from __future__ import annotations
@@ -103,6 +105,7 @@ class Token:
     """One token of each sequence of one cache. It holds the cache's memory, not the cache, which may so end first."""
 
     def __init__(self, layers: Layers, cache: KVCache) -> None:
+        from quantkit.kernels.triton.arguments import begins_early
         from quantkit.kernels.triton.step import Slab, Step
 
         config, dtype = layers.config, layers.embedding.dtype
@@ -123,6 +126,7 @@ class Token:
         self._step = Step(
             batch, config.n_heads, config.n_kv_heads, config.head_dim, cache.slots, cache.bits,
             0 if scales is None else scales.shape[-1], dtype, cosines, sines, self._position,
+            self._by_rows and begins_early(device),
         )  # fmt: skip
         self._slabs = []
         for layer in range(config.n_layers):

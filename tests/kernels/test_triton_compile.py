@@ -221,11 +221,10 @@ def compiled_row(matrix: Tiles, dtype: torch.dtype, halves: bool, normed: bool, 
         "norm": TYPES[dtype] if residual else None,
         "out_weighted": TYPES[dtype] if residual else None,
         "out_squares": "*fp32" if residual else None,
-        **dict.fromkeys(("blocks", "N", "K", "tiles"), "i32"),
+        **dict.fromkeys(("N", "K", "tiles"), "i32"),
         "eps": "fp32",
     }
     numbers = {
-        "blocks": matrix.rows // 16,
         "N": matrix.rows,
         "K": matrix.cols,
         "tiles": matrix.codes.shape[0],
@@ -282,6 +281,7 @@ def build(
     from triton.compiler import ASTSource
 
     names = function.arg_names
+    constants = constants | {"EARLY": FAMILIES[capability].early}
     options = {name: constants[name] for name in OPTIONS if name in constants}
     fixed = {name: constants[name] for name in names if name in constants}
     fixed |= {name: None for name in names if name in types and types[name] is None}

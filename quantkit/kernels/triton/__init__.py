@@ -90,6 +90,9 @@ def pack(weights: Sequence[QuantizedTensor], device: torch.device | str | None =
         raise BackendError("the triton backend cannot take these matrices: see `fusable`")
     parts = [tiles(weight.to(device or weight.device)) for weight in weights]
     packed = parts[0] if len(parts) == 1 else below_each_other(parts)
+    if packed.codes.is_cuda:
+        # a kernel that begins early reads the matrix before those ahead of it have ended
+        torch.cuda.current_stream(packed.codes.device).synchronize()
     return TiledWeight(packed, weights[0].scheme, sum(weight.nbytes for weight in weights))
 
 

@@ -74,6 +74,16 @@ def tuned(device: torch.device) -> Tuning:
     return tuning(10 * major + minor)
 
 
+def begins_early(device: torch.device) -> bool:
+    """Whether a kernel can begin on a device before the one ahead of it has ended."""
+    return tuned(device).early and not INTERPRETED
+
+
+def early(begins: bool) -> dict[str, Any]:
+    """Return the arguments of a kernel that begins before the one ahead of it has ended, or does not."""
+    return {"EARLY": begins, "launch_pdl": begins}
+
+
 def grant_shared(compiled: Any) -> None:
     """Let a compiled kernel with a table of its own in shared memory be launched.
 

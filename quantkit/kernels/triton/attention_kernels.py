@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit.kernels.triton.step_kernels import _LOG2_E, _product, _rounded
+from quantkit.kernels.triton.step_kernels import _LOG2_E, _follow, _product, _rounded
 
 
 def _nibbles(place: int, power: int) -> str:
@@ -94,7 +94,7 @@ def attention_kernel(
     queries: tl.tensor, keys: tl.tensor, values: tl.tensor, key_scales: tl.tensor, value_scales: tl.tensor,
     position: tl.tensor, sums: tl.tensor, stats: tl.tensor, slots: tl.tensor, scale: tl.tensor,
     HEADS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr,
-    WORDS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+    WORDS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """Attend to one split of the keys of one KV head of one sequence. Program (split, B * KV heads).
 
@@ -104,6 +104,7 @@ def attention_kernel(
     Writes sums (B * KV heads, splits, HEADS, WIDTH), relative to the greatest score, and stats (B * KV heads,
     splits, 2, ROWS): that score, as a power of two, and the sum of the weights.
     """
+    _follow(EARLY)
     dtype: tl.constexpr = queries.dtype.element_ty
     REAL: tl.constexpr = WIDTH // PER
     SCALED: tl.constexpr = GROUPS > 0
@@ -210,12 +211,13 @@ def combine_kernel(
     sums: tl.tensor, stats: tl.tensor, position: tl.tensor, out: tl.tensor, slots: tl.tensor,
     splits: tl.tensor,
     HEADS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """Add the splits of one query head: out (B, all heads, WIDTH). Program (head of the group, B * KV heads).
 
     SPLITS is the power of two from `splits` on, BLOCK that of `attention_kernel`.
     """
+    _follow(EARLY)
     dtype: tl.constexpr = out.dtype.element_ty
     row, head = tl.program_id(0), tl.program_id(1)
     split = tl.arange(0, SPLITS)

@@ -247,6 +247,20 @@ def _tile_scales(
 
 
 @triton.jit
+def _finished(sums: tl.tensor, INTERPRET: tl.constexpr) -> tl.tensor:
+    """Return what was multiplied once it is there.
+
+    A product of several warpgroups that Triton leaves unfinished from one turn of a loop to the next may still read x
+    from shared memory where another warpgroup already copies the x of a later turn to.
+    """
+    if not INTERPRET:
+        sums = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f", [sums], dtype=tl.float32, is_pure=False, pack=1
+        )
+    return sums
+
+
+@triton.jit
 def batch_kernel(
     x: tl.tensor, codes: tl.tensor, scales: tl.tensor, zeros: tl.tensor, nested: tl.tensor,
     offset: tl.tensor, codebook: tl.tensor, dynamic_map: tl.tensor, bias: tl.tensor,
@@ -311,7 +325,7 @@ def batch_kernel(
             elif ZEROS:
                 sums += part
             else:
-                sums = part
+                sums = _finished(part, INTERPRET)
     if GROUP == 0:
         sums *= tl.load(scales + inside).to(tl.float32)
     if BIAS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +12,21 @@ from calculators.units import ceil_div
 from quantkit.kernels.triton import row_kernels, row_ptx
 from quantkit.kernels.triton.arguments import (
     UNASKED_SHARED,
+    begins_early,
     codebook_on,
+    early,
     plain_constants,
     stored,
     tuned,
 )
-from quantkit.kernels.triton.layout import TILE, Tiles
+from quantkit.kernels.triton.layout import SPAN, TILE, Tiles
 from quantkit.kernels.triton.row_ptx import BLOCK
 from quantkit.kernels.triton.tuning import Row
 from quantkit.kernels.triton.unpack_ptx import LEAST_THREADS, TABLE_BYTES
 
 _CHUNK = 8  # elements of x that are loaded at once, from a multiple of so many
 _ELEMENT_BYTES = 2  # of x
-_TRITONS_BYTES = 8 << 10  # of shared memory, for its sums over warps, at most
+_TRITONS_BYTES = 4 << 10  # of shared memory, for its sums over warps, at most
 _LANES, _MOST_WARPS = 32, 8  # of a warp and of a program
 
 
@@ -46,12 +47,10 @@ class Stream:
 
 def takes(matrix: Tiles, lines: int, dtype: torch.dtype, device: torch.device, halves: bool = False) -> bool:
     """Whether a matrix, or one of two halves, is multiplied by so many rows of x in this dtype here."""
-    launches = _launches(device, halves)
     return (
         lines == 1
         and dtype in (torch.bfloat16, torch.float16)
-        and matrix.kind in launches
-        and matrix.rows <= launches[matrix.kind].most_rows
+        and _launch_of(matrix, device, halves) is not None
         and matrix.rows % (2 * BLOCK) == 0
         and matrix.cols % _CHUNK == 0
         and matrix.nested_scales is None
@@ -101,7 +100,10 @@ def constants(matrix: Tiles, halves: bool) -> dict[str, Any]:
     chosen = _chosen(matrix, halves)
     parts = 2 if halves else chosen.parts
     count, slots = matrix.codes.shape[0], max(chosen.stages, 1)
-    tile_bytes = matrix.tile_cols * _ELEMENT_BYTES + (parts * BLOCK * 4 * TILE if chosen.stages else 0)
+    tile_bytes = matrix.tile_cols * _ELEMENT_BYTES
+    if chosen.stages:
+        groups = matrix.tile_cols // SPAN // matrix.spans if matrix.group else 0
+        tile_bytes += parts * BLOCK * (4 * TILE + groups * matrix.scales.element_size())
     unasked = UNASKED_SHARED - _TRITONS_BYTES - (TABLE_BYTES if matrix.nf4 else 0)
     room = unasked // (slots * tile_bytes)  # tiles at once
     warps = LEAST_THREADS // _LANES if matrix.nf4 else 1
@@ -130,12 +132,15 @@ def constants(matrix: Tiles, halves: bool) -> dict[str, Any]:
     }
 
 
-def _launches(device: torch.device, halves: bool) -> Mapping[str, Row]:
-    return tuned(device).halves if halves else tuned(device).rows
+def _launch_of(matrix: Tiles, device: torch.device, halves: bool) -> Row | None:
+    launches = tuned(device).halves if halves else tuned(device).rows
+    return next((each for each in launches.get(matrix.kind, ()) if matrix.rows <= each.most_rows), None)
 
 
 def _chosen(matrix: Tiles, halves: bool) -> Row:
-    return _launches(matrix.codes.device, halves)[matrix.kind]
+    chosen = _launch_of(matrix, matrix.codes.device, halves)
+    assert chosen is not None, "`takes` refuses this matrix"
+    return chosen
 
 
 def _launch(
@@ -151,17 +156,16 @@ def _launch(
     stream = x if isinstance(x, Stream) else None
     like = x.weighted if isinstance(x, Stream) else x
     fixed = constants(matrix, halves)
-    blocks = matrix.rows // (BLOCK * fixed["PARTS"])
     given = (
         like, None if stream is None else stream.squares, matrix.codes, matrix.scales,
         codebook_on(like.device, like.dtype) if matrix.nf4 else None, bias, out, norm, weighted, squares,
-        blocks, matrix.rows, matrix.cols, matrix.codes.shape[0], 0.0 if stream is None else stream.eps,
+        matrix.rows, matrix.cols, matrix.codes.shape[0], 0.0 if stream is None else stream.eps,
     )  # fmt: skip
     summed = 0 if stream is None else stream.squares.numel()
     fixed |= {
         "SQUARES": summed,
         "SQUARES_BLOCK": triton.next_power_of_2(summed),
         "RESIDUAL": squares is not None,
+        **early(begins_early(like.device)),
     }
-    grid = (min(blocks, _chosen(matrix, halves).programs),)
-    row_kernels.row_kernel[grid](*given, **fixed)
+    row_kernels.row_kernel[(matrix.rows // (BLOCK * fixed["PARTS"]),)](*given, **fixed)

@@ -75,6 +75,13 @@ def load_words() -> str:
     return f"{load} {{$0, $1, $2, $3}}, [$8];\n{load} {{$4, $5, $6, $7}}, [$8 + {_APART}];"
 
 
+def load(bits: int) -> str:
+    """Return the instructions that load so many bits, 16 or 32, from $1 to the low end of $0."""
+    if bits == 16:
+        return "{\n.reg .b16 half;\nld.global.b16 half, [$1];\ncvt.u32.u16 $0, half;\n}"
+    return "ld.global.b32 $0, [$1];"
+
+
 def declare_shared(size: int) -> str:
     """Return the instructions that declare a program's bytes of shared memory; $0 means nothing, here and below."""
     return f".shared .align 128 .b8 {SHARED}[{size}];\nmov.b32 $0, $1;"
@@ -88,7 +95,7 @@ def copy_words() -> str:
     )
 
 
-def copy_x() -> str:
+def copy_chunk() -> str:
     """Return the instructions that begin to copy 16 bytes from $1 to byte $2, or as many zeros where $3 is 0."""
     lines = (".reg .b32 size;", "shl.b32 size, $3, 4;", "cp.async.ca.shared.global [at], [$1], 16, size;")
     return _at("$2", *lines, "mov.b32 $0, $2;")
@@ -116,6 +123,22 @@ def shared_words() -> str:
 def shared_x() -> str:
     """Return the instructions that read words $0 to $3 from byte $4."""
     return _at("$4", "ld.shared.v4.b32 {$0, $1, $2, $3}, [at];")
+
+
+def shared_scales(bits: int) -> str:
+    """Return the instructions that read a scale of so many bits, 16 or 32, from byte $2: $0, and the eighth behind."""
+    apart = bits * BLOCK // 2 // 8
+    if bits == 16:
+        reads = [
+            ".reg .b16 upper, lower;",
+            "ld.shared.b16 upper, [at];",
+            f"ld.shared.b16 lower, [at + {apart}];",
+            "cvt.u32.u16 $0, upper;",
+            "cvt.u32.u16 $1, lower;",
+        ]
+    else:
+        reads = ["ld.shared.b32 $0, [at];", f"ld.shared.b32 $1, [at + {apart}];"]
+    return _at("$2", *reads)
 
 
 def _at(byte: str, *lines: str) -> str:

@@ -15,7 +15,7 @@ import triton
 
 from calculators.units import ceil_div
 from quantkit.kernels.triton import attention_kernels, step_kernels
-from quantkit.kernels.triton.launch import INTERPRETED
+from quantkit.kernels.triton.arguments import INTERPRETED, early
 from quantkit.quantize.vectors import rotation_factors
 
 _TENSOR_CORES = 16  # rows that they take at least
@@ -127,6 +127,7 @@ class Step:
         cosines: (positions, head_dim / 2), in the compute dtype.
         sines: likewise.
         position: int64 (1,), the new token's; on the device.
+        early: whether kernels begin before the one ahead has ended, which lets the next one do so.
     """
 
     batch: int
@@ -140,6 +141,7 @@ class Step:
     cosines: torch.Tensor
     sines: torch.Tensor
     position: torch.Tensor
+    early: bool = False
 
     @property
     def splits(self) -> int:
@@ -170,7 +172,7 @@ class Step:
         block = triton.next_power_of_2(self.head_dim)
         order = self.head_dim & -self.head_dim if self.groups else 1
         q_factor, k_factor = rotation_factors(order)
-        return {
+        return early(self.early) | {
             "Q_SPLITS": q_splits,
             "K_SPLITS": k_splits,
             "V_SPLITS": v_splits,
@@ -208,7 +210,7 @@ class Step:
     def attention_constants(self) -> dict[str, Any]:
         """Return the compile-time arguments of `attention_kernel`."""
         per = self._word_bits // self.bits
-        return {
+        return early(self.early) | {
             "HEADS": self.n_heads // self.n_kv_heads,
             "ROWS": max(_TENSOR_CORES, triton.next_power_of_2(self.n_heads // self.n_kv_heads)),
             "WIDTH": self.head_dim,
@@ -227,7 +229,7 @@ class Step:
     def combine_constants(self) -> dict[str, Any]:
         """Return the compile-time arguments of `combine_kernel`."""
         chosen = self.attention_constants()
-        return {
+        return early(self.early) | {
             "HEADS": chosen["HEADS"],
             "ROWS": chosen["ROWS"],
             "WIDTH": self.head_dim,

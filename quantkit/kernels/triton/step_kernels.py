@@ -28,6 +28,18 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _follow(EARLY: tl.constexpr) -> None:
+    """Wait until the kernel ahead has written all it writes, where this one began EARLY; then let the next one begin.
+
+    Whatever begins early waits before it reads or writes what others do: what waits for the kernel ahead has then
+    waited for all before.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def _rounded(x: tl.tensor, dtype: tl.constexpr, INTERPRET: tl.constexpr) -> tl.tensor:
     """Return float32 x as `dtype` holds it, in float32."""
     if INTERPRET and dtype == tl.bfloat16:
@@ -223,12 +235,13 @@ def heads_kernel(
     Q_SPLITS: tl.constexpr, K_SPLITS: tl.constexpr, V_SPLITS: tl.constexpr, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ORDER: tl.constexpr,
     STAGES: tl.constexpr, Q_FACTOR: tl.constexpr, K_FACTOR: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, INTERPRET: tl.constexpr,
+    GROUP: tl.constexpr, INTERPRET: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write queries (B, HEADS, WIDTH), and keys and values to the token's slot. Program (head, q, k or v).
 
     A head's elements are WIDTH; BLOCK is the next power of two, GROUP what shares a scale, padded likewise.
     """
+    _follow(EARLY)
     dtype: tl.constexpr = queries.dtype.element_ty
     kind = tl.program_id(1)
     here = tl.load(position).to(tl.int32)

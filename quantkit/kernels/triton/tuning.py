@@ -41,16 +41,14 @@ class Row:
         warps: of the launch; each block of rows is shared by a power of two of them, until there are about so many.
         tiles: of 16 rows, that a warp loads at once, at most.
         parts: times 16 rows are a block; a matrix of two halves has two.
-        programs: at most, which take blocks in turns.
         registers: of a thread, at most; None leaves it to the compiler.
         stages: slots of shared memory for what a warp loads at once; 0 where the next tiles go to registers.
-        most_rows: of the matrix; above, it goes by `batches`.
+        most_rows: of the matrix, up to which it runs.
     """
 
     warps: int
     tiles: int
     parts: int = 1
-    programs: int = 1 << 16
     registers: int | None = None
     stages: int = 0
     most_rows: int = 1 << 16
@@ -63,8 +61,10 @@ class Tuning:
     Attributes:
         batches: for each kind of codes, in the order of their limits; above the last, the matrix is dequantized and
             multiplied.
-        rows: for each kind of codes, how one row of x is multiplied; other kinds go by `batches`.
+        rows: for each kind of codes, how one row of x is multiplied, in the order of their `most_rows`; other kinds,
+            and matrices of more rows, go by `batches`.
         halves: likewise where one half of the matrix is the other's gate.
+        early: whether a kernel can begin before the one ahead of it has ended (from compute capability 9.0 on).
         vector: kinds whose product with one row is `vector_kernel`'s; of others it is `batch_kernel`'s.
         vector_programs: of one launch; K is split until there are about so many.
         vector_rows: of the matrix, a program of `vector_kernel`.
@@ -75,8 +75,9 @@ class Tuning:
     """
 
     batches: Mapping[str, tuple[Batch, ...]]
-    rows: Mapping[str, Row] = field(default_factory=dict)
-    halves: Mapping[str, Row] = field(default_factory=dict)
+    rows: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
+    halves: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
+    early: bool = False
     vector: frozenset[str] = frozenset(KINDS)
     vector_programs: int = 512
     vector_rows: int = 64
@@ -115,19 +116,32 @@ _HOPPER = Tuning(
         "nf4": (
             Batch(1, rows=64, warps=2, stages=3, programs=528),
             Batch(32, rows=128, warps=4, stages=4, programs=264),
-            Batch(128, rows=128, warps=4, stages=3, programs=264),
+            Batch(256, rows=128, warps=4, stages=3, programs=264),
         ),
     },
     rows={
-        "int8": Row(warps=1000, tiles=2, stages=4),
-        "int4": Row(warps=1500, tiles=2, stages=2, most_rows=16384),
-        "nf4": Row(warps=2000, tiles=1, registers=96, most_rows=16384),
+        "int8": (
+            Row(warps=1500, tiles=2, stages=2, most_rows=4096),
+            Row(warps=2000, tiles=1, stages=3, most_rows=16384),
+            Row(warps=2000, tiles=2, parts=2, stages=3),
+        ),
+        "int4": (
+            Row(warps=1500, tiles=2, registers=128, most_rows=4096),
+            Row(warps=1000, tiles=4, registers=168, most_rows=16384),
+            Row(warps=1500, tiles=4, parts=2, stages=2),
+        ),
+        "nf4": (
+            Row(warps=1500, tiles=2, registers=128, most_rows=4096),
+            Row(warps=1000, tiles=2, registers=168, most_rows=16384),
+            Row(warps=2000, tiles=2, parts=2, registers=128),
+        ),
     },
     halves={
-        "int8": Row(warps=2000, tiles=2, stages=4),
-        "int4": Row(warps=1000, tiles=2, stages=4),
-        "nf4": Row(warps=2000, tiles=2, registers=128, programs=528),
+        "int8": (Row(warps=1500, tiles=4, stages=3),),
+        "int4": (Row(warps=1500, tiles=4, stages=3),),
+        "nf4": (Row(warps=2000, tiles=2, registers=128),),
     },
+    early=True,
     vector=frozenset(),
 )
 
@@ -141,8 +155,12 @@ FAMILIES = {
     86: Tuning(_alike(Batch(32, rows=64, warps=4, stages=3, programs=384), Batch(64, 128, 8, 2, 384))),
     89: Tuning(_alike(Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
     90: _HOPPER,
-    100: Tuning({}),  # what Triton makes of `batch_kernel` for these tensor cores was not looked into
-    120: Tuning(_alike(Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=64, warps=8, stages=2))),
+    100: Tuning(
+        {}, early=True
+    ),  # what Triton makes of `batch_kernel` for these tensor cores was not looked into
+    120: Tuning(
+        _alike(Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=64, warps=8, stages=2)), early=True
+    ),
 }
 HOPPER = 90
 
