@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from calculators.units import GIB
 from quantkit.records import new_record, read_record, write_record
 from quantkit.schemes import SCHEMES
+from tests.checkpoints import tiny_config
 from tests.paths import ROOT
 from tests.report.synthetic import DEVICE, cell, measure_body
 
@@ -94,3 +97,18 @@ def test_records_that_do_not_belong_together_are_not_joined(
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert message in result.stderr
     assert not (tmp_path / "out.json").exists()
+
+
+def test_both_sides_of_the_timing_generate_what_is_asked_for() -> None:
+    pytest.importorskip("transformers")
+    example = runpy.run_path(str(ROOT / "examples" / "beside_transformers.py"))
+    config = tiny_config(hidden_size=128, intermediate_size=192, max_context=64)
+    for side in ("ours", "theirs"):
+        assert example[side](config, torch.device("cpu"), [1, 2, 3, 4, 5], 4)() == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
+def test_the_timing_needs_a_gpu_and_says_so() -> None:
+    failed = attempt("beside_transformers.py")
+    assert failed.returncode == 1
+    assert failed.stderr == "this needs a CUDA GPU that PyTorch sees\n"

@@ -9,6 +9,7 @@ import json
 import resource
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -465,6 +466,14 @@ def test_it_answers_at_once_and_without_torch() -> None:
     assert (done.returncode, done.stderr) == (0, "[]\n")
 
 
+def slowness() -> float:
+    """Return how many twentieths of a second a million turns of a loop take, 1 at least; fast processors need less."""
+    start, total = time.process_time(), 0
+    for turn in range(1_000_000):
+        total += turn * turn
+    return max(1.0, 20 * (time.process_time() - start))
+
+
 def test_a_full_table_takes_less_than_a_fifth_of_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -477,7 +486,7 @@ def test_a_full_table_takes_less_than_a_fifth_of_a_second(
         assert process("estimate").returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 0.2  # of processor time, since tests share their machine
+    assert min(seconds) < 0.2 * slowness()  # of processor time, since tests share their machine
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
