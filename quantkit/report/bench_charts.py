@@ -66,10 +66,11 @@ def roofline(found: AnyBench) -> Figure:
     axes.set_yticks(figures, [f"{tick:,}" for tick in figures])
     axes.yaxis.set_minor_formatter(NullFormatter())  # else a narrow axis labels those ticks, too
     axes.legend(loc="lower right", frameon=False)
-    rows = ", ".join(str(m) for m in dict.fromkeys(layer.m for layer in sums))
+    rows = list(dict.fromkeys(layer.m for layer in sums))
+    said = f"{', '.join(map(str, rows))} row{'' if rows == [1] else 's'}"
     footnote(
         figure,
-        f"{_small_print(found)} Marks from left to right: {rows} rows of bfloat16.\nHeights are shares of the roof, "
+        f"{_small_print(found)} Marks from left to right: {said} of bfloat16.\nHeights are shares of the roof, "
         f"medians{_PAIRS[isinstance(found, Bench)]} beside what it took.",
     )
     return figure
