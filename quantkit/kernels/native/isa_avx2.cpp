@@ -142,6 +142,50 @@ struct Planes {
     }
 };
 
+// int8: codes and x in 16 bits; sums of a chunk fit 32, up to what the sums of x take off.
+struct Wide {
+    static constexpr int64_t MAX_CHUNK = 256, BYTES = 128;
+    static constexpr float LIMIT = 32512, FACTOR = 1;
+    static constexpr int OFFSET = 128, PANELS = 1;
+
+    static inline void split(const int16_t* values, int64_t blocks, uint32_t* words, int64_t stride, int (&sums)[2]) {
+        for (int64_t block = 0; block < blocks; ++block, values += BLOCK, words += stride) {
+            std::memcpy(words, values, BLOCK * sizeof *values);
+            for (int column = 0; column < BLOCK; ++column) sums[0] += values[column];
+        }
+    }
+
+    template <int M, int N>
+    static QUANTKIT_INLINE void dot(const uint8_t* codes, int64_t, int64_t next, int64_t blocks, const uint32_t* x,
+                                    const int32_t* sums, vf (&out)[M][N][PARTS]) {
+        static_assert(M == 1 && N == 1);
+        const __m256i zero = _mm256_setzero_si256();
+        __m256i total[2][PARTS] = {};  // rows 0 1 and 2 3 of each 128 bits, two lanes a row
+        for (int64_t block = 0; block < blocks; ++block) {
+            unroll<BYTES / 64>(EACH(line) { prefetch_once(codes + next + 64 * line); });
+            unroll<2>(EACH(half) {  // columns 0 to 3, then 4 to 7
+                long long columns;
+                std::memcpy(&columns, x + 2 * half, sizeof columns);
+                const __m256i factor = _mm256_set1_epi64x(columns);
+                unroll<PARTS>(EACH(part) {
+                    const __m256i bytes = load_once(codes, half * PARTS + part);
+                    total[0][part] = _mm256_add_epi32(
+                        total[0][part], _mm256_madd_epi16(_mm256_unpacklo_epi8(bytes, zero), factor));
+                    total[1][part] = _mm256_add_epi32(
+                        total[1][part], _mm256_madd_epi16(_mm256_unpackhi_epi8(bytes, zero), factor));
+                });
+            });
+            codes += BYTES;
+            x += WORDS;
+        }
+        const __m256i offset = _mm256_set1_epi32(sums[0]);
+        unroll<PARTS>(EACH(part) {
+            out[0][0][part] =
+                _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_hadd_epi32(total[0][part], total[1][part]), offset));
+        });
+    }
+};
+
 // NF4: the codebook in 13 bits, x in 14, so that the sum of a chunk fits 32.
 struct Pairs {
     static constexpr int64_t MAX_CHUNK = 64, BYTES = 64;
@@ -206,6 +250,7 @@ constexpr Pairs::Table Pairs::TABLE;
 
 void few(const Product& p) {
     if (p.m == 1 && p.type == Type::bf16) {
+        if (p.layout->kind == Kind::int8) return integer_rows<Wide, 1>(p);
         if (p.layout->kind == Kind::int4) return integer_rows<Planes, 1>(p);
         if (p.layout->kind == Kind::nf4) return integer_rows<Pairs, 1>(p);
     }
