@@ -100,17 +100,19 @@ def constants(matrix: Tiles, halves: bool) -> dict[str, Any]:
     chosen = _chosen(matrix, halves)
     parts = 2 if halves else chosen.parts
     count, slots = matrix.codes.shape[0], max(chosen.stages, 1)
-    tile_bytes = matrix.tile_cols * _ELEMENT_BYTES
+    tile_bytes, tiles = matrix.tile_cols * _ELEMENT_BYTES, chosen.tiles // parts
+    groups = matrix.tile_cols // SPAN // matrix.spans if matrix.group else 0
     if chosen.stages:
-        groups = matrix.tile_cols // SPAN // matrix.spans if matrix.group else 0
         tile_bytes += parts * BLOCK * (4 * TILE + groups * matrix.scales.element_size())
+    else:
+        tiles //= max(1, groups)  # their scales take registers
     unasked = UNASKED_SHARED - _TRITONS_BYTES - (TABLE_BYTES if matrix.nf4 else 0)
     room = unasked // (slots * tile_bytes)  # tiles at once
     warps = LEAST_THREADS // _LANES if matrix.nf4 else 1
     while warps * matrix.rows // (BLOCK * parts) < chosen.warps and 2 * warps <= min(_MOST_WARPS, room):
         warps *= 2
     each = ceil_div(count, warps)
-    most = min(each, max(1, chosen.tiles // parts), room // warps)
+    most = min(each, max(1, tiles), room // warps)
     assert most > 0, f"{chosen} needs more shared memory than there is"
     held = next(size for size in range(most, 0, -1) if each % size == 0)
     if 2 * held < most:  # rather a last step that is not full

@@ -39,7 +39,8 @@ class Row:
 
     Attributes:
         warps: of the launch; each block of rows is shared by a power of two of them, until there are about so many.
-        tiles: of 16 rows, that a warp loads at once, at most.
+        tiles: of 16 rows, that a warp loads at once, at most; on the way to registers one of several groups counts
+            as many.
         parts: times 16 rows are a block; a matrix of two halves has two.
         registers: of a thread, at most; None leaves it to the compiler.
         stages: slots of shared memory for what a warp loads at once; 0 where the next tiles go to registers.
@@ -131,8 +132,8 @@ _HOPPER = Tuning(
             Row(warps=1500, tiles=4, parts=2, stages=2),
         ),
         "nf4": (
-            Row(warps=1500, tiles=2, registers=128, most_rows=4096),
-            Row(warps=1000, tiles=2, registers=168, most_rows=16384),
+            Row(warps=1500, tiles=4, registers=128, most_rows=4096),
+            Row(warps=1000, tiles=4, registers=168, most_rows=16384),
             Row(warps=2000, tiles=2, parts=2, registers=128),
         ),
     },
