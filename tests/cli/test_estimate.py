@@ -467,7 +467,7 @@ def test_it_answers_at_once_and_without_torch() -> None:
 
 
 def slowness() -> float:
-    """Return how many twentieths of a second a million turns of a loop take, 1 at least; fast processors need less."""
+    """Return how many twentieths of a second a million turns of a loop take, 1 at least."""
     start, total = time.process_time(), 0
     for turn in range(1_000_000):
         total += turn * turn

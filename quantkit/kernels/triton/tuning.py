@@ -65,7 +65,7 @@ class Tuning:
         rows: for each kind of codes, how one row of x is multiplied, in the order of their `most_rows`; other kinds,
             and matrices of more rows, go by `batches`.
         halves: likewise where one half of the matrix is the other's gate.
-        early: whether a kernel can begin before the one ahead of it has ended (from compute capability 9.0 on).
+        early: whether kernels of one row begin before the one ahead has ended; capability 9.0 is the first that can.
         vector: kinds whose product with one row is `vector_kernel`'s; of others it is `batch_kernel`'s.
         vector_programs: of one launch; K is split until there are about so many.
         vector_rows: of the matrix, a program of `vector_kernel`.
@@ -156,12 +156,8 @@ FAMILIES = {
     86: Tuning(_alike(Batch(32, rows=64, warps=4, stages=3, programs=384), Batch(64, 128, 8, 2, 384))),
     89: Tuning(_alike(Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
     90: _HOPPER,
-    100: Tuning(
-        {}, early=True
-    ),  # what Triton makes of `batch_kernel` for these tensor cores was not looked into
-    120: Tuning(
-        _alike(Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=64, warps=8, stages=2)), early=True
-    ),
+    100: Tuning({}),  # what Triton makes of `batch_kernel` for these tensor cores was not looked into
+    120: Tuning(_alike(Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=64, warps=8, stages=2))),
 }
 HOPPER = 90
 
