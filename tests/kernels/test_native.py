@@ -82,7 +82,7 @@ def test_every_shape_meets_the_oracle(scheme: QuantScheme, isa: str) -> None:
             found = native.linear(x, packed)
             assert found.dtype == dtype
             error = (found.double() - exact).abs()
-            assert (error <= bound(weight, x, exact, isa, rows <= 2)).all(), (shape, rows, dtype)
+            assert (error <= bound(weight, x, exact, isa, rows <= 2 or (isa == "amx" and weight.scheme.bits == 8))).all(), (shape, rows, dtype)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4-g64-asym", "nf4", "nf4-dq"])

@@ -1,221 +1,562 @@
-// Many rows of bfloat16 in tiles of AMX, which multiply 16 rows by 16 rows over 32 columns at a time.
+// Rows of bfloat16 in tiles of AMX. One instruction multiplies a tile of x by a tile of a panel, 64 bytes of each row.
 //
-// x is laid out in tiles of 16 rows by 32 columns, every window padded to whole ones with zeros; codes are decoded to
-// tiles of 32 columns by one panel, a chunk of columns at a time. Each group's products are summed by themselves and
-// then scaled, as everywhere: weights are never rounded to bfloat16 with their scales.
+// Columns are taken in chunks. While a chunk of a few panels meets all rows of x, the codes of the next one are decoded
+// and the sums of blocks before are scaled: tiles are multiplied by a unit of their own, which so seldom waits. A chunk
+// has pieces: columns that share scales. Each piece's products are summed by themselves and then scaled: weights are
+// never rounded with their scales.
+//
+// Tiles lie in pairs, step by step (64 bytes of columns each), as they are multiplied: two of x by two of weights.
+//
+// What multiplies (PairTiles, ByteTiles) has:
+//     ROWS, COLS           of a tile of x
+//     PIECE_COLS           columns that a piece has at most
+//     STEP_BYTES           from a step's weights to the next one's
+//     multiply<R, P, FIRST>(x, weights, next panel, sums): tiles 0 to 3 += R tiles of x times P of weights
+//     add_whole(sums, index), add(pipeline, sums, r, n): scale a tile of sums and add it to the totals
+//     pack(product, first row, rows, tile): a tile of x, all its columns
+// What goes ahead (Decoder, Loader) has:
+//     start(product, first panel, panels together, chunk, buffer), run(units): makes `units` of a chunk ready
 
-constexpr int64_t TILE_ROWS = 16, TILE_COLS = 32, TILE_BYTES = 1024;
-constexpr int64_t TILE_STEPS = 4;                         // tiles of a chunk
-constexpr int64_t CHUNK_BYTES = TILE_STEPS * TILE_BYTES;  // of one panel
-constexpr int MOST_PIECES = 4;                            // of columns whose sums are scaled and added together
-constexpr int64_t ROWS = 256;                             // of x that share a pass over the weights
-constexpr int64_t MOST_PANELS = 32;                       // that meet x together: the more, the less often x is read
-constexpr int64_t NEAR_PANELS = 8;                        // of these, whose chunks the first-level cache holds
-constexpr int64_t FEW_ROWS = 32, FEW_PANELS = 4;          // few rows: to read codes in few streams matters more
-
-inline int64_t steps_of(int64_t width) { return (width + TILE_COLS - 1) / TILE_COLS; }
+constexpr int64_t TILE_ROWS = 16, TILE_BYTES = 1024, TILE_SUMS = TILE_BYTES / sizeof(float);
+constexpr int64_t CHUNK_STEPS = 4;
+constexpr int64_t CHUNK_BYTES = CHUNK_STEPS * TILE_BYTES;  // of a panel
+constexpr int64_t NEAR_PANELS = 4;   // of a chunk: the first-level cache holds two chunks
+constexpr int64_t MOST_PANELS = 16;  // that meet x together: the more, the less often x is read
+constexpr int64_t PASS_ROWS = 256;   // of x that share a pass over the weights
+constexpr int64_t FEW_ROWS = 32, FEW_PANELS = 2;  // few rows: to read codes in few streams matters more
 
 // All eight tiles: four of sums (0 to 3), two of x (4, 5), two of weights (6, 7).
 struct TileConfig {
     alignas(64) uint8_t bytes[64] = {};
-    constexpr TileConfig() {
+    explicit TileConfig(int64_t rows) {
         bytes[0] = 1;  // the palette
         for (int tile = 0; tile < 8; ++tile) {
             bytes[16 + 2 * tile] = 64;  // bytes of a row
-            bytes[48 + tile] = TILE_ROWS;
+            bytes[48 + tile] = static_cast<uint8_t>(tile < 6 ? rows : TILE_ROWS);
         }
     }
 };
-constexpr TileConfig TILE_CONFIG;
 
-// One tile of x: 16 rows from `row` on, 32 columns from `column` on, zeros beyond `rows` and `stop`.
-inline void pack_tile(const Product& p, int64_t row, int64_t rows, int64_t column, int64_t stop, uint16_t* out) {
-    const auto* x = static_cast<const uint16_t*>(p.x) + row * p.layout->cols + column;
-    const int64_t count = stop - column < TILE_COLS ? stop - column : TILE_COLS;
-    if (rows < TILE_ROWS || count < TILE_COLS) std::memset(out, 0, TILE_BYTES);
-    for (int64_t index = 0; index < TILE_ROWS && index < rows; ++index)
-        std::memcpy(out + index * TILE_COLS, x + index * p.layout->cols, count * sizeof(uint16_t));
-}
+// x in tiles, and what belongs to its rows.
+struct Rows {
+    int64_t count, tiles, tile_rows;  // rows in all, and in a tile
+    int64_t pair_bytes;               // from two tiles to the next two
+    uint8_t* data;                    // (tiles / 2, steps, 2) tiles
+    float* facts;                     // of rows: see `pack`
 
-// R tiles of x by P panels of weights over `steps` tiles of columns; the sums go to out (R, P, 16, 16).
-template <int R, int P>
-inline void multiply_tiles(const uint8_t* x, int64_t x_step, const uint8_t* weights, int64_t steps, float* out) {
-    _tile_zero(0);
-    if constexpr (P > 1) _tile_zero(1);
-    if constexpr (R > 1) _tile_zero(2);
-    if constexpr (R > 1 && P > 1) _tile_zero(3);
-    for (int64_t step = 0; step < steps; ++step, x += x_step, weights += TILE_BYTES) {
-        _tile_loadd(4, x, 64);
-        _tile_loadd(6, weights, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        if constexpr (P > 1) _tile_loadd(7, weights + CHUNK_BYTES, 64);
-        if constexpr (P > 1) _tile_dpbf16ps(1, 4, 7);
-        if constexpr (R > 1) _tile_loadd(5, x + TILE_BYTES, 64);
-        if constexpr (R > 1) _tile_dpbf16ps(2, 5, 6);
-        if constexpr (R > 1 && P > 1) _tile_dpbf16ps(3, 5, 7);
+    QUANTKIT_INLINE uint8_t* at(int64_t step, int64_t tile) const {
+        return data + tile / 2 * pair_bytes + (2 * step + tile % 2) * TILE_BYTES;
     }
-    constexpr int SUMS = TILE_BYTES / sizeof(float);
-    _tile_stored(0, out, 64);
-    if constexpr (P > 1) _tile_stored(1, out + SUMS, 64);
-    if constexpr (R > 1) _tile_stored(2, out + P * SUMS, 64);
-    if constexpr (R > 1 && P > 1) _tile_stored(3, out + (P + 1) * SUMS, 64);
-}
+    QUANTKIT_INLINE int64_t rows_of(int64_t tile) const {
+        const int64_t left = count - tile * tile_rows;
+        return left < tile_rows ? left : tile_rows;
+    }
+};
 
-// Columns that share scales, or a chunk of them.
 struct Piece {
-    const uint8_t* x;
-    const uint8_t* weights;
-    int64_t steps;
-    const float* sums;  // of x's rows, `windows` apart; with zero points only
-    vf scales[MOST_PANELS], zeros[MOST_PANELS];
+    int64_t group, window, start, columns;
+    int64_t step, steps;  // of x
+    vf scales[NEAR_PANELS], zeros[NEAR_PANELS];
 };
 
-// R tiles of x by P panels, over C pieces: totals (R, panels, 16, 16) += each piece's sums, scaled.
-template <int R, int P, int C, bool ZEROS>
-void add_tiles(const Piece* pieces, int64_t tile, int64_t x_step, int64_t panel, int64_t rows, int64_t windows,
-               float* totals, int64_t panels) {
-    constexpr int SUMS = TILE_BYTES / sizeof(float);
-    alignas(64) float products[C][R * P * SUMS];
-    unroll<C>(EACH(piece) {
-        const Piece& from = pieces[piece];
-        multiply_tiles<R, P>(from.x + tile * TILE_BYTES, x_step, from.weights + panel * CHUNK_BYTES, from.steps,
-                             products[piece]);
-    });
-    unroll<R>(EACH(r) {
-        const int64_t first = (tile + r) * TILE_ROWS, stop = rows - first < TILE_ROWS ? rows - first : TILE_ROWS;
-        unroll<P>(EACH(n) {
-            float* to = totals + ((tile + r) * panels + panel + n) * SUMS;
-            vf scales[C], zeros[C];
-            unroll<C>(EACH(piece) {
-                scales[piece] = pieces[piece].scales[panel + n];
-                if constexpr (ZEROS) zeros[piece] = pieces[piece].zeros[panel + n];
-            });
-            for (int64_t row = 0; row < stop; ++row, to += PANEL) {
-                vf total = load(to);
-                unroll<C>(EACH(piece) {
-                    vf product = load(products[piece] + (r * P + n) * SUMS + row * PANEL);
-                    if constexpr (ZEROS) product -= zeros[piece] * pieces[piece].sums[(first + row) * windows];
-                    total += product * scales[piece];
-                });
-                std::memcpy(to, &total, sizeof total);
-            }
-        });
-    });
-}
+// Some columns of a few panels.
+struct Chunk {
+    int count, steps;       // pieces, and steps of all
+    int64_t codes_at;       // in a panel
+    int64_t panel, panels;  // the first, of those that meet x together
+    const uint8_t* weights;
+    int64_t panel_bytes, pair_bytes;  // from a tile's panel to the next, and the next but one
+    Piece pieces[CHUNK_STEPS];
+};
 
-using Add = void (*)(const Piece*, int64_t, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
-template <int R, int P, bool ZEROS>
-constexpr Add ADD[MOST_PIECES] = {add_tiles<R, P, 1, ZEROS>, add_tiles<R, P, 2, ZEROS>, add_tiles<R, P, 3, ZEROS>,
-                                  add_tiles<R, P, 4, ZEROS>};
+// The sums of a block over one piece: of R tiles of x by P panels.
+struct Sums {
+    int tiles = 0, panels = 0;  // of the block; none
+    bool whole = false;         // two by two full tiles, and no zero points
+    const Piece* piece;
+    int64_t tile, panel;    // of the chunk
+    float* products;        // (2, 2, 16, 16), once they are stored
+    float* totals;          // (2, 2, 16, 16)
+};
 
-// All rows by all panels over some pieces.
-template <bool ZEROS>
-void add_pieces(const Piece* pieces, int count, int64_t rows, int64_t windows, float* totals, int64_t panels) {
-    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    for (int64_t near = 0; near < panels; near += NEAR_PANELS) {
-        const int64_t end = near + NEAR_PANELS < panels ? near + NEAR_PANELS : panels;
-        for (int64_t tile = 0; tile < tiles; tile += 2)
-            for (int64_t panel = near; panel < end; panel += 2) {
-                const bool two = tile + 1 < tiles, pair = panel + 1 < end;
-                const Add* add = two ? pair ? ADD<2, 2, ZEROS> : ADD<2, 1, ZEROS>
-                                     : pair ? ADD<1, 2, ZEROS> : ADD<1, 1, ZEROS>;
-                add[count - 1](pieces, tile, tiles * TILE_BYTES, panel, rows, windows, totals, panels);
-            }
+// Sums on their way from tiles to the totals. Those of a piece are stored when the next one begins, and scaled and added
+// while the one after it is multiplied: the later, the less is waited for.
+struct Pipeline {
+    const Product* p;
+    const Rows* x;
+    int64_t panels;   // that meet x together
+    float* totals;    // (tiles / 2, panels / 2, 2, 2, 16, 16)
+    float* products;  // two of Sums::products
+    int turn = 0;
+    Sums ring[4];  // what is multiplied, what tiles hold, and what is stored
+
+    QUANTKIT_INLINE float* totals_of(int64_t tile, int64_t panel) const {
+        return totals + ((tile / 2 * ((panels + 1) / 2) + panel / 2) * 4 + tile % 2 * 2 + panel % 2) * TILE_SUMS;
     }
-}
-
-// Decodes `blocks` blocks of one panel, and zeros up to whole tiles.
-template <class E>
-void decode_tiles(const uint8_t* codes, int64_t blocks, uint8_t* out) {
-    auto* to = reinterpret_cast<typename E::W*>(out);
-    for (int64_t block = 0; block < blocks; ++block, codes += E::BYTES, to += E::UNITS) {
-        typename E::W decoded[E::UNITS][PARTS];
-        __builtin_prefetch(codes + 1024);
-        E::decode(codes, decoded);
-        unroll<E::UNITS>(EACH(unit) { to[unit] = decoded[unit][0]; });
+    QUANTKIT_INLINE Sums& before(int turns) { return ring[(turn - turns) & 3]; }
+    void store(const Sums& held) const {
+        float* to = held.products;
+        if (held.tiles > 0) _tile_stored(0, to, 64);
+        if (held.tiles > 0 && held.panels > 1) _tile_stored(1, to + TILE_SUMS, 64);
+        if (held.tiles > 1) _tile_stored(2, to + 2 * TILE_SUMS, 64);
+        if (held.tiles > 1 && held.panels > 1) _tile_stored(3, to + 3 * TILE_SUMS, 64);
     }
-    uint8_t* end = out + steps_of(blocks * BLOCK) * TILE_BYTES;
-    std::memset(static_cast<void*>(to), 0, end - reinterpret_cast<uint8_t*>(to));
-}
+    template <class T>
+    void add(const Sums& sums) const {
+        for (int r = 0; r < sums.tiles; ++r)
+            for (int n = 0; n < sums.panels; ++n) T::add(*this, sums, r, n);
+    }
+    template <class T>
+    void finish() {
+        store(before(1));
+        add<T>(before(2));
+        add<T>(before(1));
+        before(1).tiles = before(2).tiles = 0;
+        before(1).whole = before(2).whole = false;
+    }
+};
 
-// `panels` panels from `first` on by `rows` rows of x.
-template <class E>
-void multiply_panels(const Product& p, int64_t first, int64_t panels, int64_t rows, const uint8_t* x,
-                     const float* sums, int64_t first_row) {
-    const Layout& l = *p.layout;
-    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    auto* weights = static_cast<uint8_t*>(scratch<1>(MOST_PANELS * CHUNK_BYTES));
-    auto* totals = static_cast<float*>(scratch<2>(tiles * panels * TILE_BYTES));
-    std::memset(totals, 0, tiles * panels * TILE_BYTES);
-    Piece pieces[MOST_PIECES];
-    int count = 0;
-    int64_t filled = 0, codes_at = 0;  // tiles of columns that the pieces have
-    const auto flush = [&] {
-        if (count == 0) return;
-        l.zeros ? add_pieces<true>(pieces, count, rows, l.windows, totals, panels)
-                : add_pieces<false>(pieces, count, rows, l.windows, totals, panels);
-        count = 0, filled = 0;
-    };
-    for (int64_t group = 0; group < l.groups; ++group) {
-        const int64_t window = group >> l.repeat_bits, width = l.width(window);
-        for (int64_t start = 0; start < width; start += TILE_STEPS * TILE_COLS) {
-            const int64_t left = width - start, most = TILE_STEPS * TILE_COLS;
-            const int64_t blocks = (left < most ? left : most) / BLOCK, steps = steps_of(blocks * BLOCK);
-            if (count == MOST_PIECES || filled + steps > TILE_STEPS) flush();
-            Piece& piece = pieces[count++];
-            piece.x = x + (window * steps_of(l.window) + start / TILE_COLS) * tiles * TILE_BYTES;
-            piece.weights = weights + filled * TILE_BYTES;
-            piece.steps = steps;
-            piece.sums = sums + window;
-            for (int64_t panel = 0; panel < panels; ++panel) {
-                const uint8_t* bytes = p.weight + (first + panel) * l.panel_bytes;
-                load_scales<E>(p, bytes, group, piece.scales + panel);
-                __builtin_prefetch(bytes + l.scales_at + (group + 1) * PANEL * l.scale_bytes);
-                if (l.zeros && start == 0) load_zeros(l, bytes, group, piece.zeros + panel);
-                else piece.zeros[panel] = vf{};
-                decode_tiles<E>(bytes + codes_at, blocks, weights + panel * CHUNK_BYTES + filled * TILE_BYTES);
+// FIRST: what tiles of sums hold is stored, and they begin at zero.
+#define BEGIN_TILE(TILE)                                   \
+    if constexpr (FIRST) {                                 \
+        _tile_stored(TILE, sums + (TILE) * TILE_SUMS, 64); \
+        _tile_zero(TILE);                                  \
+    }
+#define MULTIPLY_TILES(DOT)                       \
+    _tile_loadd(4, x, 64);                        \
+    _tile_loadd(6, weights, 64);                  \
+    BEGIN_TILE(0)                                 \
+    DOT(0, 4, 6);                                 \
+    if constexpr (P > 1) {                        \
+        _tile_loadd(7, weights + next_panel, 64); \
+        BEGIN_TILE(1)                             \
+        DOT(1, 4, 7);                             \
+    }                                             \
+    if constexpr (R > 1) {                        \
+        _tile_loadd(5, x + TILE_BYTES, 64);       \
+        BEGIN_TILE(2)                             \
+        DOT(2, 5, 6);                             \
+    }                                             \
+    if constexpr (R > 1 && P > 1) {               \
+        BEGIN_TILE(3)                             \
+        DOT(3, 5, 7);                             \
+    }
+
+// 16 rows of bfloat16 by 32 columns. Facts: sums of a row's windows (count, windows), with zero points only.
+struct PairTiles {
+    static constexpr int64_t ROWS = 16, COLS = 32, PIECE_COLS = CHUNK_STEPS * COLS, STEP_BYTES = 2 * TILE_BYTES;
+
+    template <int R, int P, bool FIRST>
+    static QUANTKIT_INLINE void multiply(const uint8_t* x, const uint8_t* weights, [[maybe_unused]] int64_t next_panel,
+                                         [[maybe_unused]] float* sums) {
+        MULTIPLY_TILES(_tile_dpbf16ps)
+    }
+
+    static QUANTKIT_INLINE void add_row(const float* products, vf scales, float* to) {
+        const vf total = fused(load(to), load(products), scales);
+        std::memcpy(to, &total, sizeof total);
+    }
+    static QUANTKIT_INLINE void add_whole(const Pipeline&, const Sums& sums, int index) {
+        const vf scales = sums.piece->scales[sums.panel + index % 2];
+        const float* products = sums.products + index * TILE_SUMS;
+        float* to = sums.totals + index * TILE_SUMS;
+        unroll<TILE_ROWS>(EACH(row) { add_row(products + row * PANEL, scales, to + row * PANEL); });
+    }
+    static void add(const Pipeline& pipe, const Sums& sums, int r, int n) {
+        const Piece& piece = *sums.piece;
+        const vf scales = piece.scales[sums.panel + n], zeros = piece.zeros[sums.panel + n];
+        const float* products = sums.products + (2 * r + n) * TILE_SUMS;
+        float* to = sums.totals + (2 * r + n) * TILE_SUMS;
+        const Layout& l = *pipe.p->layout;
+        const float* of_windows = pipe.x->facts + (sums.tile + r) * TILE_ROWS * l.windows + piece.window;
+        const int64_t rows = pipe.x->rows_of(sums.tile + r);
+        for (int64_t row = 0; row < rows; ++row, products += PANEL, to += PANEL) {
+            if (l.zeros) {
+                const vf rest = fused(load(to), zeros * scales, splat(-of_windows[row * l.windows]));
+                std::memcpy(to, &rest, sizeof rest);
             }
-            filled += steps, codes_at += blocks * E::BYTES;
+            add_row(products, scales, to);
         }
     }
-    flush();
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t panel = 0; panel < panels; ++panel)
-            store(p, first + panel, first_row + row,
-                  totals + (row / TILE_ROWS * panels + panel) * TILE_ROWS * PANEL + row % TILE_ROWS * PANEL);
+
+    // As they lie in x; zeros beyond its rows and a window's end.
+    static void pack(const Product& p, int64_t first, const Rows& x, int64_t tile) {
+        const Layout& l = *p.layout;
+        const int64_t rows = x.rows_of(tile), row = first + tile * x.tile_rows;
+        const auto* from = static_cast<const uint16_t*>(p.x) + row * l.cols;
+        for (int64_t window = 0, step = 0; window < l.windows; ++window) {
+            const int64_t begin = window * l.window, stop = begin + l.window < l.cols ? begin + l.window : l.cols;
+            for (int64_t column = begin; column < stop; column += COLS, ++step) {
+                uint8_t* to = x.at(step, tile);
+                const auto inside = static_cast<__mmask32>(stop - column < COLS ? (1u << (stop - column)) - 1 : ~0u);
+                for (int64_t index = 0; index < rows; ++index)
+                    _mm512_store_si512(to + index * 64, _mm512_maskz_loadu_epi16(inside, from + index * l.cols + column));
+                std::memset(to + rows * 64, 0, (x.tile_rows - rows) * 64);
+            }
+        }
+        if (l.zeros) window_sums(p, row, rows, x.facts + tile * TILE_ROWS * l.windows);
+    }
+};
+
+// 8 rows of integers by 64 columns of codes that are bytes in offset binary, multiplied as they lie. A row's integers of
+// a piece have a common scale, absmax / 32,512, and two planes of bytes, 256 * high + low: a tile has rows of high
+// bytes, then of low ones. Facts (pieces, 3, count): what the offset adds to the sums of either plane, and the scale.
+struct ByteTiles {
+    static constexpr int64_t ROWS = 8, COLS = 64, PIECE_COLS = 4 * COLS, STEP_BYTES = TILE_BYTES;
+    static constexpr float LIMIT = 32512, OFFSET = 128;
+
+    static bool takes(const Layout& l) { return l.cols % COLS == 0 && l.window % COLS == 0; }
+
+    template <int R, int P, bool FIRST>
+    static QUANTKIT_INLINE void multiply(const uint8_t* x, const uint8_t* weights, [[maybe_unused]] int64_t next_panel,
+                                         [[maybe_unused]] float* sums) {
+        MULTIPLY_TILES(_tile_dpbsud)
+    }
+
+    static QUANTKIT_INLINE void add_rows(const Pipeline& pipe, const Sums& sums, int r, int n, int64_t rows) {
+        const Layout& l = *pipe.p->layout;
+        const int64_t pieces = (l.width(0) + PIECE_COLS - 1) / PIECE_COLS, count = pipe.x->count;
+        const Piece& piece = *sums.piece;
+        const float* facts = pipe.x->facts + (piece.window * pieces + piece.start / PIECE_COLS) * 3 * count +
+                             (sums.tile + r) * pipe.x->tile_rows;
+        const auto* products = reinterpret_cast<const int32_t*>(sums.products) + (2 * r + n) * TILE_SUMS;
+        const int64_t low_at = pipe.x->tile_rows * PANEL;
+        float* to = sums.totals + (2 * r + n) * TILE_SUMS;
+        const vf scales = piece.scales[sums.panel + n];
+        for (int64_t row = 0; row < rows; ++row, ++facts, products += PANEL, to += PANEL) {
+            const vf high = _mm512_cvtepi32_ps(_mm512_load_si512(products)) + splat(facts[0]);
+            const vf low = _mm512_cvtepi32_ps(_mm512_load_si512(products + low_at)) + splat(facts[count]);
+            const vf total = fused(load(to), fused(low, high, splat(256)) * splat(facts[2 * count]), scales);
+            std::memcpy(to, &total, sizeof total);
+        }
+    }
+    static QUANTKIT_INLINE void add_whole(const Pipeline& pipe, const Sums& sums, int index) {
+        add_rows(pipe, sums, index / 2, index % 2, ROWS);
+    }
+    static void add(const Pipeline& pipe, const Sums& sums, int r, int n) {
+        add_rows(pipe, sums, r, n, pipe.x->rows_of(sums.tile + r));
+    }
+
+    static void pack(const Product& p, int64_t first, const Rows& x, int64_t tile) {
+        const Layout& l = *p.layout;
+        const int64_t rows = x.rows_of(tile);
+        const auto* from = static_cast<const uint16_t*>(p.x) + (first + tile * x.tile_rows) * l.cols;
+        float* facts = x.facts + tile * x.tile_rows;
+        for (int64_t column = 0, left = 0; column < l.cols; facts += 3 * x.count) {
+            if (left == 0) left = l.width(column / l.window);
+            const int64_t count = left < PIECE_COLS ? left : PIECE_COLS;
+            for (int64_t row = 0; row < rows; ++row)
+                pack_row(from + row * l.cols + column, count, x, tile, row, column / COLS, facts + row);
+            column += count, left -= count;
+        }
+    }
+    static QUANTKIT_INLINE void pack_row(const uint16_t* from, int64_t count, const Rows& x, int64_t tile, int64_t row,
+                                         int64_t step, float* facts) {
+        __m512i most = _mm512_setzero_si512();  // magnitudes of bfloat16 compare as integers
+        for (int64_t at = 0; at < count; at += 32)
+            most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_loadu_si512(from + at), _mm512_set1_epi16(0x7fff)));
+        const __m512i lanes = _mm512_max_epu32(_mm512_and_si512(most, _mm512_set1_epi32(0xffff)), _mm512_srli_epi32(most, 16));
+        const auto largest = static_cast<uint16_t>(_mm512_reduce_max_epu32(lanes));
+        const float absmax = from_bf16(largest);  // where it is not finite, neither is any result
+        const float inverse = absmax > 0 && largest < 0x7f80 ? LIMIT / absmax : 0;
+        __m512i high_sum = _mm512_setzero_si512(), low_sum = high_sum;
+        for (int64_t at = 0; at < count; at += 16) {
+            const __m512i value = inverse > 0 ? _mm512_cvtps_epi32(load_bf16(from + at) * inverse) : _mm512_setzero_si512();
+            const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(128)), 8);
+            const __m512i low = _mm512_sub_epi32(value, _mm512_slli_epi32(high, 8));
+            high_sum = _mm512_add_epi32(high_sum, high), low_sum = _mm512_add_epi32(low_sum, low);
+            uint8_t* to = x.at(step + at / COLS, tile) + row * 64 + at % COLS;
+            _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(high));
+            _mm_store_si128(reinterpret_cast<__m128i*>(to + x.tile_rows * 64), _mm512_cvtepi32_epi8(low));
+        }
+        facts[0] = -OFFSET * static_cast<float>(_mm512_reduce_add_epi32(high_sum));
+        facts[x.count] = -OFFSET * static_cast<float>(_mm512_reduce_add_epi32(low_sum));
+        facts[2 * x.count] = largest < 0x7f80 ? absmax / LIMIT : __builtin_nanf("");
+    }
+};
+
+template <class T>
+QUANTKIT_INLINE int64_t steps_of(int64_t width) {
+    return (width + T::COLS - 1) / T::COLS;
+}
+
+// Walks through the columns of a panel.
+struct Cursor {
+    int64_t group = 0, start = 0, codes_at = 0;
+
+    // The pieces of the next chunk, as many as fit.
+    template <class T, class E>
+    void next(const Layout& l, Chunk& chunk) {
+        chunk.count = chunk.steps = 0;
+        chunk.codes_at = codes_at;
+        while (group < l.groups) {
+            const int64_t window = group >> l.repeat_bits, left = l.width(window) - start;
+            const int64_t columns = left < T::PIECE_COLS ? left : T::PIECE_COLS, steps = steps_of<T>(columns);
+            if (chunk.steps + steps > CHUNK_STEPS) return;
+            Piece& piece = chunk.pieces[chunk.count++];
+            piece.group = group, piece.window = window, piece.start = start, piece.columns = columns;
+            piece.step = window * steps_of<T>(l.window) + start / T::COLS, piece.steps = steps;
+            chunk.steps += static_cast<int>(steps);
+            codes_at += columns / BLOCK * E::BYTES, start += columns;
+            if (start == l.width(window)) ++group, start = 0;
+        }
+    }
+};
+
+// Decodes a chunk, tile by tile; loads scales and zero points.
+template <class E>
+struct Decoder {
+    int64_t units, done;  // tiles, in 256ths of one
+
+    void start(const Product& product, int64_t first_panel, int64_t together, Chunk& to, uint8_t* buffer) {
+        p_ = &product, chunk_ = &to, first_ = first_panel + to.panel, buffer_ = buffer;
+        to.weights = buffer, to.panel_bytes = TILE_BYTES, to.pair_bytes = 2 * CHUNK_BYTES;
+        units = to.steps * to.panels;
+        panel_ = piece_ = -1, left_ = 0, piece_ = to.count - 1;
+        const Layout& l = *product.layout;
+        int64_t bytes = 0;
+        for (int piece = 0; piece < to.count; ++piece) bytes += to.pieces[piece].columns / BLOCK * E::BYTES;
+        const int64_t far = AHEAD / together > bytes ? AHEAD / together : bytes;
+        ahead_ = to.codes_at + far < l.scales_at ? far : far - l.scales_at + together * l.panel_bytes;
+    }
+    QUANTKIT_INLINE void run(int64_t count) {
+        for (; count > 0 && units > 0; --count, --units) {
+            if (left_ == 0) begin();
+            auto* to = reinterpret_cast<typename E::W*>(out_);
+            if (left_ >= TILE_BLOCKS) {
+                unroll<TILE_BLOCKS>(EACH(block) { decode(to + block * E::UNITS); });
+                left_ -= TILE_BLOCKS;
+            } else {
+                std::memset(static_cast<void*>(to), 0, TILE_BYTES);
+                for (; left_ > 0; --left_, to += E::UNITS) decode(to);
+            }
+            out_ += 2 * TILE_BYTES;
+        }
+    }
+
+private:
+    static constexpr int64_t TILE_BLOCKS = TILE_BYTES / 64 / E::UNITS;
+
+    QUANTKIT_INLINE void decode(typename E::W* to) {
+        typename E::W decoded[E::UNITS][PARTS];
+        unroll<E::BYTES / 64>(EACH(line) { prefetch_once(codes_ + ahead_ + 64 * line); });
+        E::decode(codes_, decoded);
+        unroll<E::UNITS>(EACH(unit) { to[unit] = decoded[unit][0]; });
+        codes_ += E::BYTES;
+    }
+    __attribute__((noinline)) void begin() {
+        const Layout& l = *p_->layout;
+        if (++piece_ == chunk_->count) piece_ = 0, ++panel_;
+        const uint8_t* bytes = p_->weight + (first_ + panel_) * l.panel_bytes;
+        if (piece_ == 0) {
+            codes_ = bytes + chunk_->codes_at;
+            out_ = buffer_ + panel_ / 2 * 2 * CHUNK_BYTES + panel_ % 2 * TILE_BYTES;
+        }
+        Piece& piece = chunk_->pieces[piece_];
+        const int64_t index = chunk_->panel + panel_;
+        if (piece.start == 0) readers_[index].next(*p_, bytes, piece.group, scales_ + index);
+        piece.scales[panel_] = scales_[index];
+        __builtin_prefetch(bytes + l.scales_at + (piece.group + 2) * PANEL * l.scale_bytes);
+        if (l.zeros && piece.start == 0) load_zeros(l, bytes, piece.group, piece.zeros + panel_);
+        else piece.zeros[panel_] = vf{};
+        left_ = piece.columns / BLOCK;
+    }
+
+    const Product* p_;
+    Chunk* chunk_;
+    int64_t first_, ahead_;         // the first panel; from codes to what is prefetched
+    int64_t panel_, piece_, left_;  // where it is, blocks left of the piece
+    const uint8_t* codes_;
+    uint8_t *buffer_, *out_;
+    Scales<E> readers_[MOST_PANELS];
+    vf scales_[MOST_PANELS];  // of the group
+};
+
+// Codes that are multiplied as they lie: loads scales, panel by panel, and prefetches the chunk after.
+template <class E>
+struct Loader {
+    int64_t units, done;  // panels, in 256ths of one
+
+    void start(const Product& product, int64_t first_panel, int64_t together, Chunk& to, uint8_t*) {
+        const Layout& l = *product.layout;
+        p_ = &product, chunk_ = &to, panel_ = 0, units = to.panels, bytes_ = to.steps * TILE_BYTES;
+        to.weights = product.weight + (first_panel + to.panel) * l.panel_bytes + to.codes_at;
+        to.panel_bytes = l.panel_bytes, to.pair_bytes = 2 * l.panel_bytes;
+        ahead_ = to.codes_at + bytes_ < l.scales_at ? bytes_ : bytes_ - l.scales_at + together * l.panel_bytes;
+    }
+    void run(int64_t count) {
+        for (; count > 0 && units > 0; --count, --units, ++panel_) {
+            const uint8_t* codes = chunk_->weights + panel_ * chunk_->panel_bytes;
+            for (int piece = 0; piece < chunk_->count; ++piece)
+                load_scales<E>(*p_, codes - chunk_->codes_at, chunk_->pieces[piece].group,
+                               chunk_->pieces[piece].scales + panel_);
+            for (int64_t line = 0; line < bytes_; line += 64) prefetch_once(codes + ahead_ + line);
+        }
+    }
+
+private:
+    const Product* p_;
+    Chunk* chunk_;
+    int64_t panel_, bytes_, ahead_;
+};
+
+// R tiles of x by P panels over all of a chunk.
+template <class T, class A, int R, int P>
+void multiply_block(const Chunk& chunk, const Rows& x, int64_t tile, int64_t panel, Pipeline& pipe, A& ahead,
+                    int64_t rate) {
+    const uint8_t* weights = chunk.weights + panel / 2 * chunk.pair_bytes;
+    const int64_t next_panel = chunk.panel_bytes;
+    const bool whole = R == 2 && P == 2 && !pipe.p->layout->zeros && x.rows_of(tile + 1) == T::ROWS;
+    float* const totals = pipe.totals_of(tile, chunk.panel + panel);
+    for (const Piece* piece = chunk.pieces; piece != chunk.pieces + chunk.count; ++piece) {
+        Sums &now = pipe.before(0), &held = pipe.before(1);  // (never copied: fields are read as they were written)
+        const Sums& before = pipe.before(2);
+        now.tiles = R, now.panels = P, now.whole = whole, now.piece = piece, now.tile = tile, now.panel = panel;
+        now.products = pipe.products + pipe.turn % 2 * 4 * TILE_SUMS, now.totals = totals;
+        ++pipe.turn;
+        if (held.tiles != R || held.panels != P) pipe.store(held);
+        float* out = held.products;
+        const uint8_t* from = x.at(piece->step, tile);
+        const auto go_on = [&](int first, int stop) __attribute__((always_inline)) {
+            if (before.whole)
+                for (int each = first; each < stop; ++each) T::add_whole(pipe, before, each);
+            ahead.done += rate;
+            ahead.run(ahead.done >> 8);
+            ahead.done &= 255;
+        };
+        T::template multiply<R, P, true>(from, weights, next_panel, out);
+        if (piece->steps == 4) {
+            go_on(0, 1);
+            unroll<3>(EACH(step) {
+                T::template multiply<R, P, false>(from + (step + 1) * 2 * TILE_BYTES,
+                                                  weights + (step + 1) * T::STEP_BYTES, next_panel, out);
+                go_on(step + 1, step + 2);
+            });
+        } else {
+            const int steps = static_cast<int>(piece->steps);
+            go_on(0, 4 / steps);
+            for (int step = 1; step < steps; ++step) {
+                T::template multiply<R, P, false>(from + step * 2 * TILE_BYTES, weights + step * T::STEP_BYTES,
+                                                  next_panel, out);
+                go_on(step * 4 / steps, (step + 1) * 4 / steps);
+            }
+        }
+        if (!before.whole) pipe.add<T>(before);
+        weights += piece->steps * T::STEP_BYTES;
+    }
+}
+
+// All rows by a chunk.
+template <class T, class A>
+void multiply_chunk(const Chunk& chunk, const Rows& x, Pipeline& pipe, A& ahead) {
+    using Block = void (*)(const Chunk&, const Rows&, int64_t, int64_t, Pipeline&, A&, int64_t);
+    static constexpr Block BLOCKS[2][2] = {{multiply_block<T, A, 1, 1>, multiply_block<T, A, 1, 2>},
+                                           {multiply_block<T, A, 2, 1>, multiply_block<T, A, 2, 2>}};
+    const int64_t steps = (x.tiles + 1) / 2 * ((chunk.panels + 1) / 2) * chunk.steps;
+    const int64_t rate = (256 * ahead.units + steps - 1) / steps;
+    ahead.done = 0;
+    for (int64_t tile = 0; tile < x.tiles; tile += 2)
+        for (int64_t panel = 0; panel < chunk.panels; panel += 2)
+            BLOCKS[tile + 1 < x.tiles][panel + 1 < chunk.panels](chunk, x, tile, panel, pipe, ahead, rate);
+    ahead.run(ahead.units);
+    __asm__ volatile("" ::: "memory");  // loads of tiles are not known to read what was decoded
+}
+
+// 16 values rounded as to_bf16 does.
+QUANTKIT_INLINE __m256i rounded_bf16(vf values) {
+    const __m512i bits = _mm512_castps_si512(values), upper = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+    const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(_mm512_srli_epi32(sum, 16), nan, upper, _mm512_set1_epi32(0x40)));
+}
+
+inline void store_totals(const Product& p, int64_t first, const Rows& x, int64_t first_row, const Pipeline& pipe) {
+    for (int64_t row = 0; row < x.count; ++row) {
+        auto* to = static_cast<uint16_t*>(p.y) + (first_row + row) * p.layout->rows + first * PANEL;
+        for (int64_t panel = 0; panel < pipe.panels; ++panel, to += PANEL) {
+            const float* from = pipe.totals_of(row / x.tile_rows, panel) + row % x.tile_rows * PANEL;
+            if (p.layout->rows - (first + panel) * PANEL < PANEL) {
+                store(p, first + panel, first_row + row, from);
+                continue;
+            }
+            vf values = load(from);
+            if (p.bias != nullptr) values += load(p.bias + (first + panel) * PANEL);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded_bf16(values));
+        }
+    }
+}
+
+// Panels `first` to `stop`, `most` at a time, by all rows of x.
+template <class T, class E, class A>
+void multiply_panels(const Product& p, int64_t first, int64_t stop, int64_t most, const Rows& x, int64_t first_row) {
+    const Layout& l = *p.layout;
+    auto* buffers = static_cast<uint8_t*>(scratch<1>(2 * NEAR_PANELS * CHUNK_BYTES));
+    Chunk chunks[4];  // what is made ready, what is multiplied, and two before, whose sums wait
+    A ahead;
+    Pipeline pipe;
+    pipe.p = &p, pipe.x = &x;
+    pipe.totals = static_cast<float*>(scratch<2>((x.tiles + 1) * (most + 1) * TILE_BYTES));
+    pipe.products = static_cast<float*>(scratch<13>(8 * TILE_BYTES));
+    pipe.before(1).products = pipe.products + 4 * TILE_SUMS;
+    Cursor cursor;  // where the next chunk is
+    int64_t panel = first, near = 0;
+    int turn = 0;
+    const auto begin = [&] {
+        if (panel >= stop) return;
+        const int64_t together = stop - panel < most ? stop - panel : most;
+        Chunk& chunk = chunks[turn % 4];
+        Cursor after = cursor;
+        after.next<T, E>(l, chunk);
+        chunk.panel = near, chunk.panels = together - near < NEAR_PANELS ? together - near : NEAR_PANELS;
+        ahead.start(p, panel, together, chunk, buffers + turn % 2 * NEAR_PANELS * CHUNK_BYTES);
+        ++turn, near += NEAR_PANELS;
+        if (near >= together) near = 0, cursor = after;
+        if (near == 0 && cursor.group == l.groups) cursor = Cursor{}, panel += most;
+    };
+    begin();
+    ahead.run(ahead.units);
+    __asm__ volatile("" ::: "memory");
+    for (int64_t now = first; now < stop; now += most) {
+        pipe.panels = stop - now < most ? stop - now : most;
+        std::memset(pipe.totals, 0, (x.tiles + 1) / 2 * ((pipe.panels + 1) / 2) * 4 * TILE_BYTES);
+        for (bool last = false; !last;) {
+            const Chunk& chunk = chunks[(turn - 1) % 4];
+            last = panel > now;
+            begin();
+            multiply_chunk<T>(chunk, x, pipe, ahead);
+        }
+        pipe.finish<T>();
+        store_totals(p, now, x, first_row, pipe);
+    }
 }
 
 // Any number of rows.
-template <class E>
+template <class T, class E, class A>
 void tile_rows(const Product& p) {
     const Layout& l = *p.layout;
-    const int64_t steps = (l.windows - 1) * steps_of(l.window) + steps_of(l.width(l.windows - 1));
+    const int64_t steps = (l.windows - 1) * steps_of<T>(l.window) + steps_of<T>(l.width(l.windows - 1));
     const int64_t most = p.m <= FEW_ROWS ? FEW_PANELS : MOST_PANELS;
     const int64_t fair = (l.panels + 2 * p.threads - 1) / (2 * p.threads);  // so that every thread has two turns
     const int64_t panels = fair < 2 ? 2 : fair < most ? fair : most;
-    for (int64_t first = 0; first < p.m; first += ROWS) {
-        const int64_t rows = p.m - first < ROWS ? p.m - first : ROWS;
-        const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-        auto* x = static_cast<uint8_t*>(scratch<5>(steps * tiles * TILE_BYTES));
-        float* sums = l.zeros ? static_cast<float*>(scratch<6>(rows * l.windows * sizeof(float))) : nullptr;
+    for (int64_t first = 0; first < p.m; first += PASS_ROWS) {
+        Rows x;
+        x.count = p.m - first < PASS_ROWS ? p.m - first : PASS_ROWS;
+        x.tile_rows = x.count < T::ROWS ? x.count : T::ROWS;
+        x.tiles = (x.count + T::ROWS - 1) / T::ROWS;
+        x.pair_bytes = 2 * steps * TILE_BYTES + 2 * CHUNK_BYTES;  // with a gap, so that pairs fall into other sets of a cache
+        x.data = static_cast<uint8_t*>(scratch<5>((x.tiles + 1) / 2 * x.pair_bytes));
+        x.facts = static_cast<float*>(scratch<6>(x.count * (l.windows + steps) * 3 * sizeof(float)));
+        const TileConfig config(std::is_same_v<T, PairTiles> ? x.tile_rows : 2 * x.tile_rows);
 #pragma omp parallel num_threads(p.threads)
         {
 #pragma omp for schedule(static)
-            for (int64_t tile = 0; tile < tiles; ++tile) {
-                const int64_t row = tile * TILE_ROWS, left = rows - row;
-                uint8_t* to = x + tile * TILE_BYTES;
-                for (int64_t window = 0; window < l.windows; ++window) {
-                    const int64_t begin = window * l.window;
-                    const int64_t stop = begin + l.window < l.cols ? begin + l.window : l.cols;
-                    for (int64_t column = begin; column < stop; column += TILE_COLS, to += tiles * TILE_BYTES)
-                        pack_tile(p, first + row, left, column, stop, reinterpret_cast<uint16_t*>(to));
-                }
-                if (l.zeros) window_sums(p, first + row, left < TILE_ROWS ? left : TILE_ROWS, sums + row * l.windows);
-            }
-            _tile_loadconfig(TILE_CONFIG.bytes);
+            for (int64_t tile = 0; tile < x.tiles; ++tile) T::pack(p, first, x, tile);
+            _tile_loadconfig(config.bytes);
+            const int64_t turn = p.m <= FEW_ROWS ? 32 : panels;
 #pragma omp for schedule(dynamic)
-            for (int64_t panel = 0; panel < l.panels; panel += panels)
-                multiply_panels<E>(p, panel, l.panels - panel < panels ? l.panels - panel : panels, rows, x, sums, first);
+            for (int64_t panel = 0; panel < l.panels; panel += turn)
+                multiply_panels<T, E, A>(p, panel, l.panels - panel < turn ? l.panels : panel + turn, panels, x, first);
             _tile_release();
         }
     }

@@ -1,7 +1,8 @@
 // What an instruction set offers: see kernels.h.
 
 void product(const Product& p) {
-    if (p.m > (p.layout->kind == Kind::int8 ? ROWS_DIRECT : ROWS_DIRECT_4_BITS)) return many(p);
+    const int most = p.layout->kind == Kind::int8 ? ROWS_DIRECT : ROWS_DIRECT_4_BITS;
+    if (p.m > most || (p.type == Type::bf16 && p.m > ROWS_DIRECT_BF16)) return many(p);
 #pragma omp parallel num_threads(p.threads)
     few(p);
 }

@@ -1,9 +1,10 @@
-// AMX: many rows of bfloat16 in tiles; all else as AVX-512 with BF16 has it.
+// AMX: bfloat16 in tiles, but for a row or two; all else as AVX-512 with BF16 has it.
 #include <immintrin.h>
 #include <omp.h>
 
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "codebook.h"
@@ -12,32 +13,41 @@
 namespace amx {
 namespace {
 
-#include "lanes512.inl"
+constexpr int ROWS_DIRECT_BF16 = 2, LOCALITY = 2;
 
-constexpr int ROWS_DIRECT = 4, ROWS_TILE = 1, STRIP_PANELS = 1;
+#include "avx512bf16.inl"
 
-#include "product.inl"
-
-#include "avx512.inl"
-#include "bf16.inl"
+#include "words.inl"
 
 #include "amx.inl"
 
-}  // namespace
-
-void product(const Product& p) {
-    if (p.type != Type::bf16 || p.m <= (p.layout->kind == Kind::int8 ? ROWS_DIRECT : 2)) return avx512bf16::product(p);
+void few(const Product& p) {
+    if (p.type == Type::f32) return direct_by_kind<F32>(p);
     switch (p.layout->kind) {
-        case Kind::int8: return tile_rows<BF16<Kind::int8>>(p);
-        case Kind::int4: return tile_rows<BF16<Kind::int4>>(p);
-        case Kind::nf4: return tile_rows<BF16<Kind::nf4>>(p);
+        case Kind::int8: return p.m == 1 ? integer_rows<Planes<Kind::int8>, 1>(p) : integer_rows<Planes<Kind::int8>, 2>(p);
+        case Kind::int4: return p.m == 1 ? integer_rows<Planes<Kind::int4>, 1>(p) : integer_rows<Planes<Kind::int4>, 2>(p);
+        case Kind::nf4: return p.m == 1 ? integer_rows<Words, 1>(p) : integer_rows<Words, 2>(p);
     }
 }
 
-void plain(const PlainProduct& p) { avx512bf16::plain(p); }
-void decode(const Token& t) { avx512bf16::decode(t); }
-void attend(const Attention& a) { avx512bf16::attend(a); }
-void quantize(const Quantization& q) { avx512bf16::quantize(q); }
-Squares squares(const Quantization& q) { return avx512bf16::squares(q); }
+void many(const Product& p) {
+    if (p.type == Type::f32) return tiled_by_kind<F32>(p);
+    switch (p.layout->kind) {
+        case Kind::int8:
+            if (ByteTiles::takes(*p.layout)) return tile_rows<ByteTiles, BF16<Kind::int8>, Loader<BF16<Kind::int8>>>(p);
+            return tile_rows<PairTiles, BF16<Kind::int8>, Decoder<BF16<Kind::int8>>>(p);
+        case Kind::int4: return tile_rows<PairTiles, BF16<Kind::int4>, Decoder<BF16<Kind::int4>>>(p);
+        case Kind::nf4: return tile_rows<PairTiles, BF16<Kind::nf4>, Decoder<BF16<Kind::nf4>>>(p);
+    }
+}
+
+#include "decode.inl"
+using Attending = BF16<Kind::int4>;
+#include "attention.inl"
+#include "quantize.inl"
+
+}  // namespace
+
+#include "entries.inl"
 
 }  // namespace amx

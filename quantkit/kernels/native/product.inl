@@ -2,8 +2,10 @@
 //
 // The including file opens a namespace and defines, before it includes this:
 //     vf               a vector of LANES floats, with + and *
-//     ROWS_DIRECT      up to so many rows of x, codes are decoded in registers; of 4 bits, up to ROWS_DIRECT_4_BITS
+//     ROWS_DIRECT      up to so many rows of x, codes are decoded in registers; of 4 bits, up to ROWS_DIRECT_4_BITS;
+//                      of bfloat16, up to ROWS_DIRECT_BF16
 //     ROWS_TILE        beyond that, strips of STRIP_PANELS panels are decoded once and meet blocks of so many rows
+//     LOCALITY         of what is read once, as __builtin_prefetch takes it: 0 past the caches, 2 into the second level
 //     engines          how codes become factors: see `product` in the isa files
 //
 // An engine has:
@@ -175,9 +177,9 @@ private:
     [[maybe_unused]] vf pair_[2];
 };
 
-// Prefetches what is read once, so that it leaves alone what caches hold of all else: between two products that is the
-// interpreter and its instructions.
-QUANTKIT_INLINE void prefetch_once(const void* at) { __builtin_prefetch(at, 0, 0); }
+// Prefetches what is read once. Past the caches it leaves alone what they hold of all else, between two products the
+// interpreter and its instructions; but Intel's cores can have only 16 such lines under way, and read half as fast.
+QUANTKIT_INLINE void prefetch_once(const void* at) { __builtin_prefetch(at, 0, LOCALITY); }
 
 // From codes at offset `at` of one of N panels that are read together to what is to be prefetched: codes of the same
 // panel, or of the one that is read after it.
