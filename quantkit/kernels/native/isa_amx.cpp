@@ -13,7 +13,7 @@
 namespace amx {
 namespace {
 
-constexpr int ROWS_DIRECT_BF16 = 2, LOCALITY = 2;
+constexpr int ROWS_DIRECT_BF16 = 2;
 
 #include "avx512bf16.inl"
 

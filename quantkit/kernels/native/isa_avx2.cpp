@@ -15,7 +15,7 @@ namespace {
 constexpr int LANES = 8;
 typedef __m256 vf;
 constexpr int ROWS_DIRECT = 3, ROWS_DIRECT_4_BITS = 3, ROWS_TILE = 6, STRIP_PANELS = 1;
-constexpr int ROWS_DIRECT_BF16 = ROWS_DIRECT, LOCALITY = 0;
+constexpr int ROWS_DIRECT_BF16 = ROWS_DIRECT;
 
 template <Kind K>
 QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);

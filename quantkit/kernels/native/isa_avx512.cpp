@@ -15,7 +15,7 @@ namespace {
 #include "lanes512.inl"
 
 constexpr int ROWS_DIRECT = 4, ROWS_DIRECT_4_BITS = 4, ROWS_TILE = 12, STRIP_PANELS = 2;
-constexpr int ROWS_DIRECT_BF16 = ROWS_DIRECT, LOCALITY = 2;
+constexpr int ROWS_DIRECT_BF16 = ROWS_DIRECT;
 
 #include "product.inl"
 

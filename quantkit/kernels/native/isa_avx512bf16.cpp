@@ -12,7 +12,7 @@
 namespace avx512bf16 {
 namespace {
 
-constexpr int ROWS_DIRECT_BF16 = 8, LOCALITY = 0;
+constexpr int ROWS_DIRECT_BF16 = 8;
 
 #include "avx512bf16.inl"
 

@@ -14,7 +14,7 @@ namespace {
 constexpr int LANES = 4;
 typedef float vf __attribute__((vector_size(4 * LANES)));
 constexpr int ROWS_DIRECT = 2, ROWS_DIRECT_4_BITS = 2, ROWS_TILE = 2, STRIP_PANELS = 1;
-constexpr int ROWS_DIRECT_BF16 = ROWS_DIRECT, LOCALITY = 0;
+constexpr int ROWS_DIRECT_BF16 = ROWS_DIRECT;
 
 template <Kind K>
 QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);

@@ -5,7 +5,6 @@
 //     ROWS_DIRECT      up to so many rows of x, codes are decoded in registers; of 4 bits, up to ROWS_DIRECT_4_BITS;
 //                      of bfloat16, up to ROWS_DIRECT_BF16
 //     ROWS_TILE        beyond that, strips of STRIP_PANELS panels are decoded once and meet blocks of so many rows
-//     LOCALITY         of what is read once, as __builtin_prefetch takes it: 0 past the caches, 2 into the second level
 //     engines          how codes become factors: see `product` in the isa files
 //
 // An engine has:
@@ -177,9 +176,18 @@ private:
     [[maybe_unused]] vf pair_[2];
 };
 
+#ifdef QUANTKIT_X86
+const bool INTEL = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+#else
+constexpr bool INTEL = false;
+#endif
+
 // Prefetches what is read once. Past the caches it leaves alone what they hold of all else, between two products the
-// interpreter and its instructions; but Intel's cores can have only 16 such lines under way, and read half as fast.
-QUANTKIT_INLINE void prefetch_once(const void* at) { __builtin_prefetch(at, 0, LOCALITY); }
+// interpreter and its instructions; but Intel's cores have few such lines under way, and would read half as fast.
+QUANTKIT_INLINE void prefetch_once(const void* at) {
+    if (INTEL) __builtin_prefetch(at, 0, 2);
+    else __builtin_prefetch(at, 0, 0);
+}
 
 // From codes at offset `at` of one of N panels that are read together to what is to be prefetched: codes of the same
 // panel, or of the one that is read after it.
