@@ -23,6 +23,8 @@ ODD_GROUPS = [
     int_scheme(4, 0, True),
     int_scheme(4, 0, False),
     int_scheme(4, 256, True),
+    int_scheme(8, 128, True),
+    int_scheme(8, 32, True),
     nf4_scheme(128, True),
 ]
 ROWS = (1, 2, 3, 5, 7, 16, 33, 64, 257)
@@ -37,9 +39,20 @@ def random_matrix(
     return quantize(torch.randn(shape, generator=generator) * rows, scheme, scales)
 
 
-def bound(
-    weight: QuantizedTensor, x: torch.Tensor, exact: torch.Tensor, isa: str, few: bool = True
-) -> torch.Tensor:
+def integers(weight: QuantizedTensor, rows: int, isa: str) -> tuple[int, int] | None:
+    """Return the largest integer that x is taken as, and NF4's steps in [0, 1]; None where x stays as it is."""
+    nf4, int8 = weight.scheme.method == "nf4", weight.scheme.bits == 8
+    if isa == "avx2" and rows <= 2:
+        return (8191, 4096) if nf4 else (32512, 0)
+    if isa == "amx" and nf4 and rows <= 2:
+        return (16383, 8192)
+    whole = isa == "amx" and int8 and weight.shape[1] % 64 == 0  # tiles of bytes
+    if (isa in ("avx512bf16", "amx") and not nf4 and rows <= 2) or whole:
+        return (32512, 0)
+    return None
+
+
+def bound(weight: QuantizedTensor, x: torch.Tensor, exact: torch.Tensor, isa: str) -> torch.Tensor:
     """Return how far each result may be from `exact`: (M, N) float64.
 
     float32: each factor is exact, so only sums round. bfloat16: the result is rounded once more; where a kernel
@@ -57,15 +70,15 @@ def bound(
         return allowed + 1e-30
     allowed = allowed + 2.0**-8 * exact.abs()
     nf4 = weight.scheme.method == "nf4"
-    pairs = isa in ("avx512bf16", "amx")  # products of pairs of bfloat16
-    if pairs and nf4:
-        allowed = allowed + 0.00157 * magnitude
-    limit = {"avx2": 8191 if nf4 else 32512, "avx512bf16": 32512, "amx": 32512}.get(isa)
-    if limit and few and not (pairs and nf4):  # an element of x is off by half a step of its chunk
+    taken = integers(weight, len(x), isa)
+    if taken:  # an element of x is off by half a step of its chunk, NF4's codebook by half of one of its own
+        limit, steps = taken
         peak = x.double().abs().amax(dim=-1, keepdim=True)
         allowed = allowed + peak / (2 * limit) * matrix.abs().sum(dim=1)
-        if isa == "avx2" and nf4:
-            allowed = allowed + 0.5 / 4096 / 0.0795 * magnitude
+        if steps:
+            allowed = allowed + 0.5 / steps / 0.0795 * magnitude
+    elif nf4 and isa in ("avx512bf16", "amx"):  # pairs of bfloat16
+        allowed = allowed + 0.00157 * magnitude
     return allowed + 1e-30
 
 
@@ -82,7 +95,7 @@ def test_every_shape_meets_the_oracle(scheme: QuantScheme, isa: str) -> None:
             found = native.linear(x, packed)
             assert found.dtype == dtype
             error = (found.double() - exact).abs()
-            assert (error <= bound(weight, x, exact, isa, rows <= 2 or (isa == "amx" and weight.scheme.bits == 8))).all(), (shape, rows, dtype)
+            assert (error <= bound(weight, x, exact, isa)).all(), (shape, rows, dtype)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4-g64-asym", "nf4", "nf4-dq"])
@@ -99,7 +112,7 @@ def test_what_only_large_matrices_take(scheme: str, shape: tuple[int, int], rows
             x = torch.randn(rows, shape[1]).to(dtype)
             exact = x.double() @ matrix.T
             error = (native.linear(x, packed).double() - exact).abs()
-            assert (error <= bound(weight, x, exact, isa, few=False)).all(), dtype
+            assert (error <= bound(weight, x, exact, isa)).all(), dtype
     finally:
         torch.set_num_threads(threads)
 

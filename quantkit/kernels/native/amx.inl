@@ -552,6 +552,7 @@ void tile_rows(const Product& p) {
         {
 #pragma omp for schedule(static)
             for (int64_t tile = 0; tile < x.tiles; ++tile) T::pack(p, first, x, tile);
+            __asm__ volatile("" ::: "memory");  // nor is this known to read all 64 bytes
             _tile_loadconfig(config.bytes);
             const int64_t turn = p.m <= FEW_ROWS ? 32 : panels;
 #pragma omp for schedule(dynamic)
