@@ -1,9 +1,9 @@
 // Rows of bfloat16 in tiles of AMX. One instruction multiplies a tile of x by a tile of a panel, 64 bytes of each row.
 //
-// Columns are taken in chunks. While a chunk of a few panels meets all rows of x, the codes of the next one are decoded
-// and the sums of blocks before are scaled: tiles are multiplied by a unit of their own, which so seldom waits. A chunk
-// has pieces: columns that share scales. Each piece's products are summed by themselves and then scaled: weights are
-// never rounded with their scales.
+// Two panels are taken together, columns in chunks. While a chunk meets all rows of x, two tiles of 16 at a time, the
+// codes of the next one are decoded and the sums of blocks before are scaled: tiles are multiplied by a unit of their own,
+// which so seldom waits. A chunk has pieces: columns that share scales. Each piece's products are summed by themselves
+// and then scaled: weights are never rounded with their scales.
 //
 // Tiles lie in pairs, step by step (64 bytes of columns each), as they are multiplied: two of x by two of weights.
 //
@@ -11,16 +11,16 @@
 //     ROWS, COLS           of a tile of x
 //     PIECE_COLS           columns that a piece has at most
 //     STEP_BYTES           from a step's weights to the next one's
-//     multiply<R, P, FIRST>(x, weights, next panel, sums): tiles 0 to 3 += R tiles of x times P of weights
+//     multiply<R, P, FIRST>(x, weights, next panel, sums): tiles 0 to 3 += R tiles of x times P of weights; see BEGIN_TILE
 //     add_whole(sums, index), add(pipeline, sums, r, n): scale a tile of sums and add it to the totals
 //     pack(product, first row, rows, tile): a tile of x, all its columns
 // What goes ahead (Decoder, Loader) has:
-//     start(product, first panel, panels together, chunk, buffer), run(units): makes `units` of a chunk ready
+//     start(product, first panel, panels together, chunk, buffer), run(count): makes `count` units of a chunk ready
 
 constexpr int64_t TILE_ROWS = 16, TILE_BYTES = 1024, TILE_SUMS = TILE_BYTES / sizeof(float);
 constexpr int64_t CHUNK_STEPS = 4;
 constexpr int64_t CHUNK_BYTES = CHUNK_STEPS * TILE_BYTES;  // of a panel
-constexpr int64_t NEAR_PANELS = 4;   // of a chunk: the first-level cache holds two chunks
+constexpr int64_t CHUNK_PANELS = 2;  // the first-level cache holds two chunks, decoded, and two tiles of x
 constexpr int64_t MOST_PANELS = 16;  // that meet x together: the more, the less often x is read
 constexpr int64_t PASS_ROWS = 256;   // of x that share a pass over the weights
 constexpr int64_t FEW_ROWS = 32, FEW_PANELS = 2;  // few rows: to read codes in few streams matters more
@@ -56,16 +56,16 @@ struct Rows {
 struct Piece {
     int64_t group, window, start, columns;
     int64_t step, steps;  // of x
-    vf scales[NEAR_PANELS], zeros[NEAR_PANELS];
+    vf scales[CHUNK_PANELS], zeros[CHUNK_PANELS];
 };
 
-// Some columns of a few panels.
+// Some columns of one or two panels.
 struct Chunk {
     int count, steps;       // pieces, and steps of all
     int64_t codes_at;       // in a panel
     int64_t panel, panels;  // the first, of those that meet x together
     const uint8_t* weights;
-    int64_t panel_bytes, pair_bytes;  // from a tile's panel to the next, and the next but one
+    int64_t next_panel;  // from a tile to the other panel's
     Piece pieces[CHUNK_STEPS];
 };
 
@@ -74,7 +74,7 @@ struct Sums {
     int tiles = 0, panels = 0;  // of the block; none
     bool whole = false;         // two by two full tiles, and no zero points
     const Piece* piece;
-    int64_t tile, panel;    // of the chunk
+    int64_t tile;
     float* products;        // (2, 2, 16, 16), once they are stored
     float* totals;          // (2, 2, 16, 16)
 };
@@ -157,14 +157,14 @@ struct PairTiles {
         std::memcpy(to, &total, sizeof total);
     }
     static QUANTKIT_INLINE void add_whole(const Pipeline&, const Sums& sums, int index) {
-        const vf scales = sums.piece->scales[sums.panel + index % 2];
+        const vf scales = sums.piece->scales[index % 2];
         const float* products = sums.products + index * TILE_SUMS;
         float* to = sums.totals + index * TILE_SUMS;
         unroll<TILE_ROWS>(EACH(row) { add_row(products + row * PANEL, scales, to + row * PANEL); });
     }
     static void add(const Pipeline& pipe, const Sums& sums, int r, int n) {
         const Piece& piece = *sums.piece;
-        const vf scales = piece.scales[sums.panel + n], zeros = piece.zeros[sums.panel + n];
+        const vf scales = piece.scales[n], zeros = piece.zeros[n];
         const float* products = sums.products + (2 * r + n) * TILE_SUMS;
         float* to = sums.totals + (2 * r + n) * TILE_SUMS;
         const Layout& l = *pipe.p->layout;
@@ -222,7 +222,7 @@ struct ByteTiles {
         const auto* products = reinterpret_cast<const int32_t*>(sums.products) + (2 * r + n) * TILE_SUMS;
         const int64_t low_at = pipe.x->tile_rows * PANEL;
         float* to = sums.totals + (2 * r + n) * TILE_SUMS;
-        const vf scales = piece.scales[sums.panel + n];
+        const vf scales = piece.scales[n];
         for (int64_t row = 0; row < rows; ++row, ++facts, products += PANEL, to += PANEL) {
             const vf high = _mm512_cvtepi32_ps(_mm512_load_si512(products)) + splat(facts[0]);
             const vf low = _mm512_cvtepi32_ps(_mm512_load_si512(products + low_at)) + splat(facts[count]);
@@ -306,13 +306,14 @@ struct Cursor {
 // Decodes a chunk, tile by tile; loads scales and zero points.
 template <class E>
 struct Decoder {
-    int64_t units, done;  // tiles, in 256ths of one
+    int64_t units;      // tiles that are left
+    int64_t due, rate;  // 256ths of one, and how many each step adds
 
     void start(const Product& product, int64_t first_panel, int64_t together, Chunk& to, uint8_t* buffer) {
         p_ = &product, chunk_ = &to, first_ = first_panel + to.panel, buffer_ = buffer;
-        to.weights = buffer, to.panel_bytes = TILE_BYTES, to.pair_bytes = 2 * CHUNK_BYTES;
+        to.weights = buffer, to.next_panel = TILE_BYTES;
         units = to.steps * to.panels;
-        panel_ = piece_ = -1, left_ = 0, piece_ = to.count - 1;
+        panel_ = -1, piece_ = to.count - 1, left_ = 0;
         const Layout& l = *product.layout;
         int64_t bytes = 0;
         for (int piece = 0; piece < to.count; ++piece) bytes += to.pieces[piece].columns / BLOCK * E::BYTES;
@@ -350,7 +351,7 @@ private:
         const uint8_t* bytes = p_->weight + (first_ + panel_) * l.panel_bytes;
         if (piece_ == 0) {
             codes_ = bytes + chunk_->codes_at;
-            out_ = buffer_ + panel_ / 2 * 2 * CHUNK_BYTES + panel_ % 2 * TILE_BYTES;
+            out_ = buffer_ + panel_ * TILE_BYTES;
         }
         Piece& piece = chunk_->pieces[piece_];
         const int64_t index = chunk_->panel + panel_;
@@ -375,18 +376,19 @@ private:
 // Codes that are multiplied as they lie: loads scales, panel by panel, and prefetches the chunk after.
 template <class E>
 struct Loader {
-    int64_t units, done;  // panels, in 256ths of one
+    int64_t units;  // panels that are left
+    int64_t due, rate;
 
     void start(const Product& product, int64_t first_panel, int64_t together, Chunk& to, uint8_t*) {
         const Layout& l = *product.layout;
         p_ = &product, chunk_ = &to, panel_ = 0, units = to.panels, bytes_ = to.steps * TILE_BYTES;
         to.weights = product.weight + (first_panel + to.panel) * l.panel_bytes + to.codes_at;
-        to.panel_bytes = l.panel_bytes, to.pair_bytes = 2 * l.panel_bytes;
+        to.next_panel = l.panel_bytes;
         ahead_ = to.codes_at + bytes_ < l.scales_at ? bytes_ : bytes_ - l.scales_at + together * l.panel_bytes;
     }
     void run(int64_t count) {
         for (; count > 0 && units > 0; --count, --units, ++panel_) {
-            const uint8_t* codes = chunk_->weights + panel_ * chunk_->panel_bytes;
+            const uint8_t* codes = chunk_->weights + panel_ * chunk_->next_panel;
             for (int piece = 0; piece < chunk_->count; ++piece)
                 load_scales<E>(*p_, codes - chunk_->codes_at, chunk_->pieces[piece].group,
                                chunk_->pieces[piece].scales + panel_);
@@ -402,16 +404,15 @@ private:
 
 // R tiles of x by P panels over all of a chunk.
 template <class T, class A, int R, int P>
-void multiply_block(const Chunk& chunk, const Rows& x, int64_t tile, int64_t panel, Pipeline& pipe, A& ahead,
-                    int64_t rate) {
-    const uint8_t* weights = chunk.weights + panel / 2 * chunk.pair_bytes;
-    const int64_t next_panel = chunk.panel_bytes;
+void multiply_block(const Chunk& chunk, const Rows& x, int64_t tile, Pipeline& pipe, A& ahead) {
+    const uint8_t* weights = chunk.weights;
+    const int64_t next_panel = chunk.next_panel;
     const bool whole = R == 2 && P == 2 && !pipe.p->layout->zeros && x.rows_of(tile + 1) == T::ROWS;
-    float* const totals = pipe.totals_of(tile, chunk.panel + panel);
+    float* const totals = pipe.totals_of(tile, chunk.panel);
     for (const Piece* piece = chunk.pieces; piece != chunk.pieces + chunk.count; ++piece) {
         Sums &now = pipe.before(0), &held = pipe.before(1);  // (never copied: fields are read as they were written)
         const Sums& before = pipe.before(2);
-        now.tiles = R, now.panels = P, now.whole = whole, now.piece = piece, now.tile = tile, now.panel = panel;
+        now.tiles = R, now.panels = P, now.whole = whole, now.piece = piece, now.tile = tile;
         now.products = pipe.products + pipe.turn % 2 * 4 * TILE_SUMS, now.totals = totals;
         ++pipe.turn;
         if (held.tiles != R || held.panels != P) pipe.store(held);
@@ -420,26 +421,17 @@ void multiply_block(const Chunk& chunk, const Rows& x, int64_t tile, int64_t pan
         const auto go_on = [&](int first, int stop) __attribute__((always_inline)) {
             if (before.whole)
                 for (int each = first; each < stop; ++each) T::add_whole(pipe, before, each);
-            ahead.done += rate;
-            ahead.run(ahead.done >> 8);
-            ahead.done &= 255;
+            ahead.due += ahead.rate;
+            ahead.run(ahead.due >> 8);
+            ahead.due &= 255;
         };
         T::template multiply<R, P, true>(from, weights, next_panel, out);
-        if (piece->steps == 4) {
-            go_on(0, 1);
-            unroll<3>(EACH(step) {
-                T::template multiply<R, P, false>(from + (step + 1) * 2 * TILE_BYTES,
-                                                  weights + (step + 1) * T::STEP_BYTES, next_panel, out);
-                go_on(step + 1, step + 2);
-            });
-        } else {
-            const int steps = static_cast<int>(piece->steps);
-            go_on(0, 4 / steps);
-            for (int step = 1; step < steps; ++step) {
-                T::template multiply<R, P, false>(from + step * 2 * TILE_BYTES, weights + step * T::STEP_BYTES,
-                                                  next_panel, out);
-                go_on(step * 4 / steps, (step + 1) * 4 / steps);
-            }
+        const int steps = static_cast<int>(piece->steps);
+        go_on(0, 4 / steps);
+        for (int step = 1; step < steps; ++step) {
+            T::template multiply<R, P, false>(from + step * 2 * TILE_BYTES, weights + step * T::STEP_BYTES, next_panel,
+                                              out);
+            go_on(step * 4 / steps, (step + 1) * 4 / steps);
         }
         if (!before.whole) pipe.add<T>(before);
         weights += piece->steps * T::STEP_BYTES;
@@ -449,15 +441,13 @@ void multiply_block(const Chunk& chunk, const Rows& x, int64_t tile, int64_t pan
 // All rows by a chunk.
 template <class T, class A>
 void multiply_chunk(const Chunk& chunk, const Rows& x, Pipeline& pipe, A& ahead) {
-    using Block = void (*)(const Chunk&, const Rows&, int64_t, int64_t, Pipeline&, A&, int64_t);
+    using Block = void (*)(const Chunk&, const Rows&, int64_t, Pipeline&, A&);
     static constexpr Block BLOCKS[2][2] = {{multiply_block<T, A, 1, 1>, multiply_block<T, A, 1, 2>},
                                            {multiply_block<T, A, 2, 1>, multiply_block<T, A, 2, 2>}};
-    const int64_t steps = (x.tiles + 1) / 2 * ((chunk.panels + 1) / 2) * chunk.steps;
-    const int64_t rate = (256 * ahead.units + steps - 1) / steps;
-    ahead.done = 0;
+    const int64_t steps = (x.tiles + 1) / 2 * chunk.steps;
+    ahead.due = 0, ahead.rate = (256 * ahead.units + steps - 1) / steps;
     for (int64_t tile = 0; tile < x.tiles; tile += 2)
-        for (int64_t panel = 0; panel < chunk.panels; panel += 2)
-            BLOCKS[tile + 1 < x.tiles][panel + 1 < chunk.panels](chunk, x, tile, panel, pipe, ahead, rate);
+        BLOCKS[tile + 1 < x.tiles][chunk.panels > 1](chunk, x, tile, pipe, ahead);
     ahead.run(ahead.units);
     __asm__ volatile("" ::: "memory");  // loads of tiles are not known to read what was decoded
 }
@@ -491,7 +481,7 @@ inline void store_totals(const Product& p, int64_t first, const Rows& x, int64_t
 template <class T, class E, class A>
 void multiply_panels(const Product& p, int64_t first, int64_t stop, int64_t most, const Rows& x, int64_t first_row) {
     const Layout& l = *p.layout;
-    auto* buffers = static_cast<uint8_t*>(scratch<1>(2 * NEAR_PANELS * CHUNK_BYTES));
+    auto* buffers = static_cast<uint8_t*>(scratch<1>(2 * CHUNK_PANELS * CHUNK_BYTES));
     Chunk chunks[4];  // what is made ready, what is multiplied, and two before, whose sums wait
     A ahead;
     Pipeline pipe;
@@ -500,7 +490,7 @@ void multiply_panels(const Product& p, int64_t first, int64_t stop, int64_t most
     pipe.products = static_cast<float*>(scratch<13>(8 * TILE_BYTES));
     pipe.before(1).products = pipe.products + 4 * TILE_SUMS;
     Cursor cursor;  // where the next chunk is
-    int64_t panel = first, near = 0;
+    int64_t panel = first, pair = 0;
     int turn = 0;
     const auto begin = [&] {
         if (panel >= stop) return;
@@ -508,11 +498,11 @@ void multiply_panels(const Product& p, int64_t first, int64_t stop, int64_t most
         Chunk& chunk = chunks[turn % 4];
         Cursor after = cursor;
         after.next<T, E>(l, chunk);
-        chunk.panel = near, chunk.panels = together - near < NEAR_PANELS ? together - near : NEAR_PANELS;
-        ahead.start(p, panel, together, chunk, buffers + turn % 2 * NEAR_PANELS * CHUNK_BYTES);
-        ++turn, near += NEAR_PANELS;
-        if (near >= together) near = 0, cursor = after;
-        if (near == 0 && cursor.group == l.groups) cursor = Cursor{}, panel += most;
+        chunk.panel = pair, chunk.panels = together - pair < CHUNK_PANELS ? together - pair : CHUNK_PANELS;
+        ahead.start(p, panel, together, chunk, buffers + turn % 2 * CHUNK_PANELS * CHUNK_BYTES);
+        ++turn, pair += CHUNK_PANELS;
+        if (pair >= together) pair = 0, cursor = after;
+        if (pair == 0 && cursor.group == l.groups) cursor = Cursor{}, panel += most;
     };
     begin();
     ahead.run(ahead.units);
@@ -537,8 +527,8 @@ void tile_rows(const Product& p) {
     const Layout& l = *p.layout;
     const int64_t steps = (l.windows - 1) * steps_of<T>(l.window) + steps_of<T>(l.width(l.windows - 1));
     const int64_t most = p.m <= FEW_ROWS ? FEW_PANELS : MOST_PANELS;
-    const int64_t fair = (l.panels + 2 * p.threads - 1) / (2 * p.threads);  // so that every thread has two turns
-    const int64_t panels = fair < 2 ? 2 : fair < most ? fair : most;
+    const int64_t fair = (l.panels + 4 * p.threads - 1) / (4 * p.threads) * 2;  // so that every thread has two turns
+    const int64_t panels = fair < most ? fair : most;
     for (int64_t first = 0; first < p.m; first += PASS_ROWS) {
         Rows x;
         x.count = p.m - first < PASS_ROWS ? p.m - first : PASS_ROWS;
