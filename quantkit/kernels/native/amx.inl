@@ -1,18 +1,18 @@
 // Rows of bfloat16 in tiles of AMX. One instruction multiplies a tile of x by a tile of a panel, 64 bytes of each row.
 //
-// Two panels are taken together, columns in chunks. While a chunk meets all rows of x, two tiles of 16 at a time, the
-// codes of the next one are decoded and the sums of blocks before are scaled: tiles are multiplied by a unit of their own,
-// which so seldom waits. A chunk has pieces: columns that share scales. Each piece's products are summed by themselves
-// and then scaled: weights are never rounded with their scales.
+// Two panels are taken together, columns in chunks. While a chunk meets all rows of x, two tiles of them at a time (a
+// block), the codes of the next chunk are decoded, and the sums of blocks before are scaled: tiles are multiplied by a
+// unit of their own, which so seldom waits. A chunk has pieces: columns that share scales. Each piece's products are
+// summed by themselves and then scaled: weights are never rounded with their scales.
 //
 // Tiles lie in pairs, step by step (64 bytes of columns each), as they are multiplied: two of x by two of weights.
 //
 // What multiplies (PairTiles, ByteTiles) has:
-//     ROWS, COLS           of a tile of x
+//     PLANES, ROWS, COLS   of a tile of x: rows of each plane
 //     PIECE_COLS           columns that a piece has at most
 //     STEP_BYTES           from a step's weights to the next one's
-//     multiply<R, P, FIRST>(x, weights, next panel, sums): tiles 0 to 3 += R tiles of x times P of weights; see BEGIN_TILE
-//     add_whole(sums, index), add(pipeline, sums, r, n): scale a tile of sums and add it to the totals
+//     multiply<R, P, FIRST>(x, weights, next panel, sums): tiles 0 to 3 += R tiles of x times P of weights
+//     add_whole(pipeline, sums, index), add(pipeline, sums, r, n): scale a tile of sums and add it to the totals
 //     pack(product, first row, rows, tile): a tile of x, all its columns
 // What goes ahead (Decoder, Loader) has:
 //     start(product, first panel, panels together, chunk, buffer), run(count): makes `count` units of a chunk ready
@@ -23,7 +23,8 @@ constexpr int64_t CHUNK_BYTES = CHUNK_STEPS * TILE_BYTES;  // of a panel
 constexpr int64_t CHUNK_PANELS = 2;  // the first-level cache holds two chunks, decoded, and two tiles of x
 constexpr int64_t MOST_PANELS = 16;  // that meet x together: the more, the less often x is read
 constexpr int64_t PASS_ROWS = 256;   // of x that share a pass over the weights
-constexpr int64_t FEW_ROWS = 32, FEW_PANELS = 2;  // few rows: to read codes in few streams matters more
+constexpr int64_t FEW_ROWS = 32, FEW_PANELS = 2;  // few rows: to read codes in few streams matters more,
+constexpr int64_t FEW_TURN = 32;                  // and many panels one after another
 
 // All eight tiles: four of sums (0 to 3), two of x (4, 5), two of weights (6, 7).
 struct TileConfig {
@@ -75,12 +76,13 @@ struct Sums {
     bool whole = false;         // two by two full tiles, and no zero points
     const Piece* piece;
     int64_t tile;
-    float* products;        // (2, 2, 16, 16), once they are stored
-    float* totals;          // (2, 2, 16, 16)
+    float* products;  // (2, 2, 16, 16), once they are stored
+    float* totals;    // (2, 2, 16, 16)
 };
 
-// Sums on their way from tiles to the totals. Those of a piece are stored when the next one begins, and scaled and added
-// while the one after it is multiplied: the later, the less is waited for.
+// Sums on their way from tiles to the totals. Those of a piece are stored when the next one begins, and scaled and
+// added while the one after it is multiplied: the later, the less is waited for. (More of them on their way would put
+// x out of the first-level cache, which costs a quarter of the speed.)
 struct Pipeline {
     const Product* p;
     const Rows* x;
@@ -144,7 +146,8 @@ struct Pipeline {
 
 // 16 rows of bfloat16 by 32 columns. Facts: sums of a row's windows (count, windows), with zero points only.
 struct PairTiles {
-    static constexpr int64_t ROWS = 16, COLS = 32, PIECE_COLS = CHUNK_STEPS * COLS, STEP_BYTES = 2 * TILE_BYTES;
+    static constexpr int64_t PLANES = 1, ROWS = 16, COLS = 32;
+    static constexpr int64_t PIECE_COLS = CHUNK_STEPS * COLS, STEP_BYTES = 2 * TILE_BYTES;
 
     template <int R, int P, bool FIRST>
     static QUANTKIT_INLINE void multiply(const uint8_t* x, const uint8_t* weights, [[maybe_unused]] int64_t next_panel,
@@ -189,8 +192,9 @@ struct PairTiles {
             for (int64_t column = begin; column < stop; column += COLS, ++step) {
                 uint8_t* to = x.at(step, tile);
                 const auto inside = static_cast<__mmask32>(stop - column < COLS ? (1u << (stop - column)) - 1 : ~0u);
-                for (int64_t index = 0; index < rows; ++index)
-                    _mm512_store_si512(to + index * 64, _mm512_maskz_loadu_epi16(inside, from + index * l.cols + column));
+                const uint16_t* here = from + column;
+                for (int64_t index = 0; index < rows; ++index, here += l.cols)
+                    _mm512_store_si512(to + index * 64, _mm512_maskz_loadu_epi16(inside, here));
                 std::memset(to + rows * 64, 0, (x.tile_rows - rows) * 64);
             }
         }
@@ -198,11 +202,12 @@ struct PairTiles {
     }
 };
 
-// 8 rows of integers by 64 columns of codes that are bytes in offset binary, multiplied as they lie. A row's integers of
-// a piece have a common scale, absmax / 32,512, and two planes of bytes, 256 * high + low: a tile has rows of high
+// 8 rows of integers by 64 columns of codes that are bytes in offset binary, multiplied as they lie. The integers of a
+// row's piece have a common scale, absmax / 32,512, and two planes of bytes, 256 * high + low: a tile has rows of high
 // bytes, then of low ones. Facts (pieces, 3, count): what the offset adds to the sums of either plane, and the scale.
 struct ByteTiles {
-    static constexpr int64_t ROWS = 8, COLS = 64, PIECE_COLS = 4 * COLS, STEP_BYTES = TILE_BYTES;
+    static constexpr int64_t PLANES = 2, ROWS = 8, COLS = 64;
+    static constexpr int64_t PIECE_COLS = 4 * COLS, STEP_BYTES = TILE_BYTES;
     static constexpr float LIMIT = 32512, OFFSET = 128;
 
     static bool takes(const Layout& l) { return l.cols % COLS == 0 && l.window % COLS == 0; }
@@ -255,13 +260,15 @@ struct ByteTiles {
         __m512i most = _mm512_setzero_si512();  // magnitudes of bfloat16 compare as integers
         for (int64_t at = 0; at < count; at += 32)
             most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_loadu_si512(from + at), _mm512_set1_epi16(0x7fff)));
-        const __m512i lanes = _mm512_max_epu32(_mm512_and_si512(most, _mm512_set1_epi32(0xffff)), _mm512_srli_epi32(most, 16));
+        const __m512i even = _mm512_and_si512(most, _mm512_set1_epi32(0xffff));
+        const __m512i lanes = _mm512_max_epu32(even, _mm512_srli_epi32(most, 16));
         const auto largest = static_cast<uint16_t>(_mm512_reduce_max_epu32(lanes));
         const float absmax = from_bf16(largest);  // where it is not finite, neither is any result
         const float inverse = absmax > 0 && largest < 0x7f80 ? LIMIT / absmax : 0;
         __m512i high_sum = _mm512_setzero_si512(), low_sum = high_sum;
         for (int64_t at = 0; at < count; at += 16) {
-            const __m512i value = inverse > 0 ? _mm512_cvtps_epi32(load_bf16(from + at) * inverse) : _mm512_setzero_si512();
+            __m512i value = _mm512_setzero_si512();
+            if (inverse > 0) value = _mm512_cvtps_epi32(load_bf16(from + at) * inverse);
             const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(128)), 8);
             const __m512i low = _mm512_sub_epi32(value, _mm512_slli_epi32(high, 8));
             high_sum = _mm512_add_epi32(high_sum, high), low_sum = _mm512_add_epi32(low_sum, low);
@@ -534,17 +541,17 @@ void tile_rows(const Product& p) {
         x.count = p.m - first < PASS_ROWS ? p.m - first : PASS_ROWS;
         x.tile_rows = x.count < T::ROWS ? x.count : T::ROWS;
         x.tiles = (x.count + T::ROWS - 1) / T::ROWS;
-        x.pair_bytes = 2 * steps * TILE_BYTES + 2 * CHUNK_BYTES;  // with a gap, so that pairs fall into other sets of a cache
+        x.pair_bytes = 2 * (steps + CHUNK_STEPS) * TILE_BYTES;  // with a gap: pairs fall into other sets of a cache
         x.data = static_cast<uint8_t*>(scratch<5>((x.tiles + 1) / 2 * x.pair_bytes));
         x.facts = static_cast<float*>(scratch<6>(x.count * (l.windows + steps) * 3 * sizeof(float)));
-        const TileConfig config(std::is_same_v<T, PairTiles> ? x.tile_rows : 2 * x.tile_rows);
+        const TileConfig config(T::PLANES * x.tile_rows);
 #pragma omp parallel num_threads(p.threads)
         {
 #pragma omp for schedule(static)
             for (int64_t tile = 0; tile < x.tiles; ++tile) T::pack(p, first, x, tile);
             __asm__ volatile("" ::: "memory");  // nor is this known to read all 64 bytes
             _tile_loadconfig(config.bytes);
-            const int64_t turn = p.m <= FEW_ROWS ? 32 : panels;
+            const int64_t turn = p.m <= FEW_ROWS ? FEW_TURN : panels;
 #pragma omp for schedule(dynamic)
             for (int64_t panel = 0; panel < l.panels; panel += turn)
                 multiply_panels<T, E, A>(p, panel, l.panels - panel < turn ? l.panels : panel + turn, panels, x, first);

@@ -4,7 +4,6 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <type_traits>
 #include <utility>
 
 #include "codebook.h"
@@ -21,23 +20,33 @@ constexpr int ROWS_DIRECT_BF16 = 2;
 
 #include "amx.inl"
 
+template <class I>
+void one_or_two(const Product& p) {
+    p.m == 1 ? integer_rows<I, 1>(p) : integer_rows<I, 2>(p);
+}
+
 void few(const Product& p) {
     if (p.type == Type::f32) return direct_by_kind<F32>(p);
     switch (p.layout->kind) {
-        case Kind::int8: return p.m == 1 ? integer_rows<Planes<Kind::int8>, 1>(p) : integer_rows<Planes<Kind::int8>, 2>(p);
-        case Kind::int4: return p.m == 1 ? integer_rows<Planes<Kind::int4>, 1>(p) : integer_rows<Planes<Kind::int4>, 2>(p);
-        case Kind::nf4: return p.m == 1 ? integer_rows<Words, 1>(p) : integer_rows<Words, 2>(p);
+        case Kind::int8: return one_or_two<Planes<Kind::int8>>(p);
+        case Kind::int4: return one_or_two<Planes<Kind::int4>>(p);
+        case Kind::nf4: return one_or_two<Words>(p);
     }
+}
+
+template <Kind K>
+void by_pairs(const Product& p) {
+    tile_rows<PairTiles, BF16<K>, Decoder<BF16<K>>>(p);
 }
 
 void many(const Product& p) {
     if (p.type == Type::f32) return tiled_by_kind<F32>(p);
     switch (p.layout->kind) {
         case Kind::int8:
-            if (ByteTiles::takes(*p.layout)) return tile_rows<ByteTiles, BF16<Kind::int8>, Loader<BF16<Kind::int8>>>(p);
-            return tile_rows<PairTiles, BF16<Kind::int8>, Decoder<BF16<Kind::int8>>>(p);
-        case Kind::int4: return tile_rows<PairTiles, BF16<Kind::int4>, Decoder<BF16<Kind::int4>>>(p);
-        case Kind::nf4: return tile_rows<PairTiles, BF16<Kind::nf4>, Decoder<BF16<Kind::nf4>>>(p);
+            if (!ByteTiles::takes(*p.layout)) return by_pairs<Kind::int8>(p);
+            return tile_rows<ByteTiles, BF16<Kind::int8>, Loader<BF16<Kind::int8>>>(p);
+        case Kind::int4: return by_pairs<Kind::int4>(p);
+        case Kind::nf4: return by_pairs<Kind::nf4>(p);
     }
 }
 

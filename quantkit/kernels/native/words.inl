@@ -1,5 +1,5 @@
-// One or two rows of bfloat16 by NF4, where pairs of integers are multiplied faster than pairs of bfloat16.
-// NF4 in steps of 1 / 8,192 by x of 15 bits, in pairs of 16-bit integers.
+// One or two rows of bfloat16 by NF4 where pairs of integers are multiplied faster than pairs of bfloat16: x as 15 bits,
+// the codebook in steps of 1 / 8,192.
 struct Words {
     static constexpr int64_t MAX_CHUNK = 64, BYTES = BF16<Kind::nf4>::BYTES;
     static constexpr float LIMIT = 16383, FACTOR = 8192;
@@ -27,7 +27,9 @@ struct Words {
                                     const uint32_t* x, const int32_t*, vf (&out)[M][N][PARTS]) {
         const __m512i table = _mm512_load_si512(TABLE.values);
         __m512i total[WORDS][M][N];
-        unroll<WORDS>(EACH(unit) { unroll<M>(EACH(row) { unroll<N>(EACH(n) { total[unit][row][n] = _mm512_setzero_si512(); }); }); });
+        unroll<WORDS>(EACH(unit) {
+            unroll<M>(EACH(row) { unroll<N>(EACH(n) { total[unit][row][n] = _mm512_setzero_si512(); }); });
+        });
         for (int64_t block = 0; block < blocks; ++block, codes += BYTES, x += M * WORDS)
             unroll<N>(EACH(n) {
                 const uint8_t* at = codes + n * panel_bytes;
