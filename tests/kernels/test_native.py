@@ -46,7 +46,7 @@ def integers(weight: QuantizedTensor, rows: int, isa: str) -> tuple[int, int] | 
         return (8191, 4096) if nf4 else (32512, 0)
     if isa == "amx" and nf4 and rows <= 2:
         return (16383, 8192)
-    whole = isa == "amx" and int8 and weight.shape[1] % 64 == 0  # tiles of bytes
+    whole = isa == "amx" and int8 and weight.shape[1] % 64 == weight.scheme.group % 64 == 0  # tiles of bytes
     if (isa in ("avx512bf16", "amx") and not nf4 and rows <= 2) or whole:
         return (32512, 0)
     return None

@@ -15,6 +15,7 @@
 //     add_whole(pipeline, sums, index), add(pipeline, sums, r, n): scale a tile of sums and add it to the totals
 //     pack(product, first row, rows, tile): a tile of x, all its columns
 // What goes ahead (Decoder, Loader) has:
+//     Codes                an engine of product.inl, which knows the codes
 //     start(product, first panel, panels together, chunk, buffer), run(count): makes `count` units of a chunk ready
 
 constexpr int64_t TILE_ROWS = 16, TILE_BYTES = 1024, TILE_SUMS = TILE_BYTES / sizeof(float);
@@ -313,6 +314,7 @@ struct Cursor {
 // Decodes a chunk, tile by tile; loads scales and zero points.
 template <class E>
 struct Decoder {
+    using Codes = E;
     int64_t units;      // tiles that are left
     int64_t due, rate;  // 256ths of one, and how many each step adds
 
@@ -383,6 +385,7 @@ private:
 // Codes that are multiplied as they lie: loads scales, panel by panel, and prefetches the chunk after.
 template <class E>
 struct Loader {
+    using Codes = E;
     int64_t units;  // panels that are left
     int64_t due, rate;
 
@@ -485,7 +488,7 @@ inline void store_totals(const Product& p, int64_t first, const Rows& x, int64_t
 }
 
 // Panels `first` to `stop`, `most` at a time, by all rows of x.
-template <class T, class E, class A>
+template <class T, class A>
 void multiply_panels(const Product& p, int64_t first, int64_t stop, int64_t most, const Rows& x, int64_t first_row) {
     const Layout& l = *p.layout;
     auto* buffers = static_cast<uint8_t*>(scratch<1>(2 * CHUNK_PANELS * CHUNK_BYTES));
@@ -504,7 +507,7 @@ void multiply_panels(const Product& p, int64_t first, int64_t stop, int64_t most
         const int64_t together = stop - panel < most ? stop - panel : most;
         Chunk& chunk = chunks[turn % 4];
         Cursor after = cursor;
-        after.next<T, E>(l, chunk);
+        after.next<T, typename A::Codes>(l, chunk);
         chunk.panel = pair, chunk.panels = together - pair < CHUNK_PANELS ? together - pair : CHUNK_PANELS;
         ahead.start(p, panel, together, chunk, buffers + turn % 2 * CHUNK_PANELS * CHUNK_BYTES);
         ++turn, pair += CHUNK_PANELS;
@@ -529,7 +532,7 @@ void multiply_panels(const Product& p, int64_t first, int64_t stop, int64_t most
 }
 
 // Any number of rows.
-template <class T, class E, class A>
+template <class T, class A>
 void tile_rows(const Product& p) {
     const Layout& l = *p.layout;
     const int64_t steps = (l.windows - 1) * steps_of<T>(l.window) + steps_of<T>(l.width(l.windows - 1));
@@ -554,7 +557,7 @@ void tile_rows(const Product& p) {
             const int64_t turn = p.m <= FEW_ROWS ? FEW_TURN : panels;
 #pragma omp for schedule(dynamic)
             for (int64_t panel = 0; panel < l.panels; panel += turn)
-                multiply_panels<T, E, A>(p, panel, l.panels - panel < turn ? l.panels : panel + turn, panels, x, first);
+                multiply_panels<T, A>(p, panel, l.panels - panel < turn ? l.panels : panel + turn, panels, x, first);
             _tile_release();
         }
     }

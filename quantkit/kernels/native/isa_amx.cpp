@@ -36,7 +36,7 @@ void few(const Product& p) {
 
 template <Kind K>
 void by_pairs(const Product& p) {
-    tile_rows<PairTiles, BF16<K>, Decoder<BF16<K>>>(p);
+    tile_rows<PairTiles, Decoder<BF16<K>>>(p);
 }
 
 void many(const Product& p) {
@@ -44,7 +44,7 @@ void many(const Product& p) {
     switch (p.layout->kind) {
         case Kind::int8:
             if (!ByteTiles::takes(*p.layout)) return by_pairs<Kind::int8>(p);
-            return tile_rows<ByteTiles, BF16<Kind::int8>, Loader<BF16<Kind::int8>>>(p);
+            return tile_rows<ByteTiles, Loader<BF16<Kind::int8>>>(p);
         case Kind::int4: return by_pairs<Kind::int4>(p);
         case Kind::nf4: return by_pairs<Kind::nf4>(p);
     }
