@@ -71,6 +71,7 @@ def measure(
             del beside  # before the next matrix has copies
 
 
+@torch.inference_mode()
 def _cell(
     matrix: str,
     x: torch.Tensor,

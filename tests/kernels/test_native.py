@@ -6,9 +6,12 @@ import itertools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantkit.errors import BackendError
 from quantkit.kernels import native, ops, reference
@@ -213,6 +216,46 @@ def test_operators_have_fakes_that_compile_and_trace_see() -> None:
     assert faked.shape == (3, 48)
 
 
+class _Seen(TorchDispatchMode):
+    """Keeps the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[object] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> object:
+        self.operators.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def test_inference_leaves_the_dispatcher_out_unless_someone_looks() -> None:
+    packed = native.pack([random_matrix(SCHEMES["int4-g128"], (48, 128), torch.bfloat16)])
+    plain, bias = torch.randn(48, 128).bfloat16(), torch.randn(48).bfloat16()
+    operators = {torch.ops.quantkit.packed_linear.default, torch.ops.quantkit.plain_linear.default}
+    x = torch.randn(1, 128).bfloat16()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return native.linear(x, packed, bias) + native.plain_linear(x, plain, bias)
+
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    directly, compiled = run(x), torch.compile(run, backend=backend, fullgraph=True)(x)
+    with _Seen() as seen:
+        looked_at = run(x)
+    assert torch.equal(directly, looked_at)
+    assert torch.equal(directly, compiled)
+    assert operators <= set(seen.operators)
+    assert operators <= {getattr(node.target, "default", node.target) for node in graphs[0].graph.nodes}
+    assert operators <= {node.target for node in make_fx(run)(x).graph.nodes}
+
+
 def test_nan_and_infinity_come_through(isa: str) -> None:
     for scheme in ("int8", "int4-g128", "nf4"):
         packed = native.pack([random_matrix(SCHEMES[scheme], (16, 128), torch.bfloat16)])
@@ -265,27 +308,25 @@ class TestBadInput:
     def test_multiplying(self, parts: dict[str, object]) -> None:
         native.require().pack(**parts)
         layout, weight = parts["layout"], parts["out"]
-        x, out = torch.zeros(2, 128), torch.zeros(2, 32)
+        x = torch.zeros(2, 128)
         multiply = native.require().multiply
-        multiply(layout, weight, x, out, None, None, 1)
+        multiply(layout, weight, x, None, None, 1)
         aligned = torch.zeros(weight.numel() + 64, dtype=torch.uint8)  # type: ignore[attr-defined]
         for arguments, words in (
-            ((weight, x.double(), out), "x has the wrong dtype"),
-            ((weight, torch.zeros(2, 64), out), r"x must have shape \(\.\.\., 128\)"),
-            ((weight, torch.zeros(64), out), "x must have shape"),
-            ((weight, torch.tensor(1.0), out), "x must have shape"),
-            ((weight, torch.zeros(2, 256)[:, ::2], out), "x is not contiguous"),
-            ((weight, x, out.bfloat16()), "out has the wrong dtype"),
-            ((weight, x, torch.zeros(2, 31)), "out has 62 elements"),
-            ((aligned[1 : weight.numel() + 1], x, out), "weight is not aligned"),  # type: ignore[attr-defined]
-            ((weight[:-1], x, out), "weight has"),  # type: ignore[index]
+            ((weight, x.double()), "x has the wrong dtype"),
+            ((weight, torch.zeros(2, 64)), r"x must have shape \(\.\.\., 128\)"),
+            ((weight, torch.zeros(64)), "x must have shape"),
+            ((weight, torch.tensor(1.0)), "x must have shape"),
+            ((weight, torch.zeros(2, 256)[:, ::2]), "x is not contiguous"),
+            ((aligned[1 : weight.numel() + 1], x), "weight is not aligned"),  # type: ignore[attr-defined]
+            ((weight[:-1], x), "weight has"),  # type: ignore[index]
         ):
             with pytest.raises(ValueError, match=words):
                 multiply(layout, *arguments, None, None, 1)
         with pytest.raises(ValueError, match="bias has the wrong dtype"):
-            multiply(layout, weight, x, out, torch.zeros(32).double(), None, 1)
+            multiply(layout, weight, x, torch.zeros(32).double(), None, 1)
         with pytest.raises(TypeError):
-            multiply(layout, weight, [[0.0]], out, None, None, 1)
+            multiply(layout, weight, [[0.0]], None, None, 1)
 
     @pytest.mark.parametrize(
         ("arguments", "words"),

@@ -258,28 +258,22 @@ struct ByteTiles {
     }
     static QUANTKIT_INLINE void pack_row(const uint16_t* from, int64_t count, const Rows& x, int64_t tile, int64_t row,
                                          int64_t step, float* facts) {
-        __m512i most = _mm512_setzero_si512();  // magnitudes of bfloat16 compare as integers
-        for (int64_t at = 0; at < count; at += 32)
-            most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_loadu_si512(from + at), _mm512_set1_epi16(0x7fff)));
-        const __m512i even = _mm512_and_si512(most, _mm512_set1_epi32(0xffff));
-        const __m512i lanes = _mm512_max_epu32(even, _mm512_srli_epi32(most, 16));
-        const auto largest = static_cast<uint16_t>(_mm512_reduce_max_epu32(lanes));
-        const float absmax = from_bf16(largest);  // where it is not finite, neither is any result
-        const float inverse = absmax > 0 && largest < 0x7f80 ? LIMIT / absmax : 0;
-        __m512i high_sum = _mm512_setzero_si512(), low_sum = high_sum;
-        for (int64_t at = 0; at < count; at += 16) {
-            __m512i value = _mm512_setzero_si512();
-            if (inverse > 0) value = _mm512_cvtps_epi32(load_bf16(from + at) * inverse);
-            const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(128)), 8);
-            const __m512i low = _mm512_sub_epi32(value, _mm512_slli_epi32(high, 8));
-            high_sum = _mm512_add_epi32(high_sum, high), low_sum = _mm512_add_epi32(low_sum, low);
+        alignas(64) int16_t values[PIECE_COLS];
+        const float scale = to_integers(from, count, count, LIMIT, values);
+        __m512i high_sum = _mm512_setzero_si512(), low_sum = high_sum;  // a lane sums at most 8 bytes
+        for (int64_t at = 0; at < count; at += 32) {
+            const __m512i value = _mm512_load_si512(values + at);
+            const __m512i high = _mm512_srai_epi16(_mm512_add_epi16(value, _mm512_set1_epi16(128)), 8);
+            const __m512i low = _mm512_sub_epi16(value, _mm512_slli_epi16(high, 8));
+            high_sum = _mm512_add_epi16(high_sum, high), low_sum = _mm512_add_epi16(low_sum, low);
             uint8_t* to = x.at(step + at / COLS, tile) + row * 64 + at % COLS;
-            _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(high));
-            _mm_store_si128(reinterpret_cast<__m128i*>(to + x.tile_rows * 64), _mm512_cvtepi32_epi8(low));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi16_epi8(high));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(to + x.tile_rows * 64), _mm512_cvtepi16_epi8(low));
         }
-        facts[0] = -OFFSET * static_cast<float>(_mm512_reduce_add_epi32(high_sum));
-        facts[x.count] = -OFFSET * static_cast<float>(_mm512_reduce_add_epi32(low_sum));
-        facts[2 * x.count] = largest < 0x7f80 ? absmax / LIMIT : __builtin_nanf("");
+        const __m512i ones = _mm512_set1_epi16(1);
+        facts[0] = -OFFSET * static_cast<float>(_mm512_reduce_add_epi32(_mm512_madd_epi16(high_sum, ones)));
+        facts[x.count] = -OFFSET * static_cast<float>(_mm512_reduce_add_epi32(_mm512_madd_epi16(low_sum, ones)));
+        facts[2 * x.count] = scale;
     }
 };
 

@@ -70,6 +70,10 @@ void attend_chunk(const float* q, const uint16_t* keys, const uint16_t* values, 
     alignas(64) float scores[G][KEY_CHUNK], by_key[KEY_CHUNK][G];
     const int64_t padded = (count + LANES - 1) / LANES * LANES;
     for (int64_t key = 0; key < count; ++key) {
+        for (int64_t at = 0; at < head_dim; at += 32) {  // lines: keys some way ahead, and the values that come next
+            __builtin_prefetch(keys + key * head_dim + at + AHEAD / 2);
+            __builtin_prefetch(values + key * head_dim + at);
+        }
         vf sum[G] = {};
         for (int64_t at = 0; at < head_dim; at += LANES) {
             const vf k = load_bf16(keys + key * head_dim + at);

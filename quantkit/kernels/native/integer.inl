@@ -16,28 +16,40 @@ constexpr int WORDS = 4;  // of x in a block
 // 0 4 1 5 2 6 3 7: of the low nibbles of int4's words, then of the high ones.
 template <bool NIBBLES, int64_t MOST>
 void split_planes(const int16_t* values, int64_t blocks, uint32_t* words, int64_t stride, int (&sums)[2]) {
-    alignas(64) int8_t planes[2][MOST];
-    int high_sum = 0, low_sum = 0;
-    for (int64_t index = 0; index < blocks * BLOCK; ++index) {
-        const int high = (values[index] + 128) >> 8, low = values[index] - 256 * high;
-        planes[0][index] = static_cast<int8_t>(high);
-        planes[1][index] = static_cast<int8_t>(low);
-        high_sum += high;
-        low_sum += low;
+    static_assert(MOST / BLOCK * 128 < 1 << 15, "sums of a lane fit 16 bits");
+    const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    __m128i high_sum = _mm_setzero_si128(), low_sum = high_sum;
+    for (int64_t block = 0; block < blocks; ++block, words += stride) {
+        const __m128i value = _mm_load_si128(reinterpret_cast<const __m128i*>(values) + block);
+        const __m128i high = _mm_srai_epi16(_mm_add_epi16(value, _mm_set1_epi16(128)), 8);
+        const __m128i low = _mm_sub_epi16(value, _mm_slli_epi16(high, 8));
+        high_sum = _mm_add_epi16(high_sum, high), low_sum = _mm_add_epi16(low_sum, low);
+        const __m128i planes = _mm_packs_epi16(high, low);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(words), NIBBLES ? _mm_shuffle_epi8(planes, order) : planes);
     }
-    sums[0] += high_sum;
-    sums[1] += low_sum;
-    const auto spread = [](uint64_t bytes) {
-        bytes = (bytes | bytes << 16) & 0x0000ffff0000ffff;
-        return (bytes | bytes << 8) & 0x00ff00ff00ff00ff;
-    };
-    for (int64_t block = 0; block < blocks; ++block, words += stride)
-        for (int plane = 0; plane < 2; ++plane) {
-            uint64_t bytes;
-            std::memcpy(&bytes, planes[plane] + block * BLOCK, BLOCK);
-            if (NIBBLES) bytes = spread(bytes & 0xffffffff) | spread(bytes >> 32) << 8;
-            std::memcpy(words + 2 * plane, &bytes, BLOCK);
-        }
+    const __m128i ones = _mm_set1_epi16(1);
+    const __m128i pairs = _mm_hadd_epi32(_mm_madd_epi16(high_sum, ones), _mm_madd_epi16(low_sum, ones));
+    const __m128i totals = _mm_hadd_epi32(pairs, pairs);
+    sums[0] += _mm_cvtsi128_si32(totals);
+    sums[1] += _mm_extract_epi32(totals, 1);
+}
+
+// Some elements of x as integers of a common scale, which is returned: NaN where an element is not finite. Zeros follow,
+// up to `padded` integers.
+QUANTKIT_INLINE float to_integers(const uint16_t* x, int64_t count, int64_t padded, float limit, int16_t* values) {
+    uint16_t most = 0;  // magnitudes of bfloat16 compare as integers
+    for (int64_t index = 0; index < count; ++index) {
+        const uint16_t magnitude = x[index] & 0x7fff;
+        most = magnitude > most ? magnitude : most;
+    }
+    if (most == 0 || most >= 0x7f80) count = 0;  // where one is not finite, neither is any result
+    const float absmax = from_bf16(most), inverse = limit / absmax;
+    for (int64_t index = 0; index < count; ++index) {
+        const float shifted = from_bf16(x[index]) * inverse + 12582912.0f;  // 1.5 * 2**23: rounds into the low bits
+        values[index] = static_cast<int16_t>(__builtin_bit_cast(uint32_t, shifted));
+    }
+    if (count < padded) std::memset(values + count, 0, (padded - count) * sizeof *values);
+    return most < 0x7f80 ? absmax / limit : __builtin_nanf("");
 }
 
 template <class I>
@@ -57,24 +69,11 @@ void pack_integers(const Product& p, uint32_t* words, float* scales, int32_t* su
             for (int64_t chunk = 0; chunk < chunks_of<I>(width); ++chunk) {
                 const int64_t start = begin + chunk * I::MAX_CHUNK;
                 const int64_t end = begin + width < start + I::MAX_CHUNK ? begin + width : start + I::MAX_CHUNK;
-                const int64_t stop = end < l.cols ? end : l.cols;
-                uint16_t most = 0;  // magnitudes of bfloat16 compare as integers
-                for (int64_t column = start; column < stop; ++column) {
-                    const uint16_t magnitude = x[column] & 0x7fff;
-                    most = magnitude > most ? magnitude : most;
-                }
-                const float absmax = from_bf16(most);  // where it is not finite, neither is any result
-                const float inverse = absmax > 0 && most < 0x7f80 ? I::LIMIT / absmax : 0;
-                const int64_t at = (window * per_window + chunk) * p.m + row;
-                alignas(64) int16_t values[I::MAX_CHUNK] = {};
-                if (inverse > 0)
-                    for (int64_t index = 0; index < stop - start; ++index) {
-                        const float nearest = __builtin_rintf(from_bf16(x[start + index]) * inverse);
-                        values[index] = static_cast<int16_t>(static_cast<int>(nearest));
-                    }
+                const int64_t count = (end < l.cols ? end : l.cols) - start, at = (window * per_window + chunk) * p.m + row;
+                alignas(64) int16_t values[I::MAX_CHUNK];
+                scales[at] = to_integers(x + start, count, end - start, I::LIMIT, values);
                 int totals[2] = {0, 0};
                 I::split(values, (end - start) / BLOCK, words + (start / BLOCK * p.m + row) * WORDS, p.m * WORDS, totals);
-                scales[at] = most < 0x7f80 ? absmax / I::LIMIT : __builtin_nanf("");
                 sums[2 * at] = -I::OFFSET * totals[0];
                 sums[2 * at + 1] = -I::OFFSET * totals[1];
             }

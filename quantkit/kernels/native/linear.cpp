@@ -7,6 +7,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "arrays.h"
 #include "bindings.h"
@@ -66,6 +67,14 @@ void pack_matrix(const Layout& l, const Array& codes, const Array& scales, const
     pack(l, from, values, to, threads);
 }
 
+// A new result (..., rows) for x (..., cols).
+Array result_of(const Array& x, int64_t rows) {
+    std::vector<std::size_t> shape(x.ndim());
+    for (std::size_t dim = 0; dim < shape.size(); ++dim) shape[dim] = x.shape(dim);
+    shape.back() = static_cast<std::size_t>(rows);
+    return new_array(shape, x.dtype());
+}
+
 // Rows of x (..., cols).
 int64_t rows_of(const Array& x, int64_t cols) {
     if (x.ndim() < 1 || static_cast<int64_t>(x.shape(x.ndim() - 1)) != cols)
@@ -73,19 +82,19 @@ int64_t rows_of(const Array& x, int64_t cols) {
     return static_cast<int64_t>(x.size()) / cols;
 }
 
-void multiply(const Layout& l, const Array& weight, const Array& x, const Array& out,
-              const std::optional<Array>& bias, const std::optional<Array>& map, int threads) {
+Array multiply(const Layout& l, const Array& weight, const Array& x, const std::optional<Array>& bias,
+               const std::optional<Array>& map, int threads) {
     check(weight, "weight", {nb::dtype<uint8_t>()}, l.nbytes, 64);
     check(x, "x", {nb::dtype<float>(), BF16});
     const int64_t m = rows_of(x, l.cols);
-    check(out, "out", {x.dtype()}, m * l.rows);
     if (bias) check(*bias, "bias", {nb::dtype<float>()}, l.rows);
     if (l.scale == Type::nested) {
         if (!map) throw std::invalid_argument("map is missing: nested scales need the values of their codes");
         check(*map, "map", {nb::dtype<float>()}, 256);
     }
     check_threads(threads);
-    if (m == 0) return;
+    const Array out = result_of(x, l.rows);
+    if (m == 0) return out;
     std::optional<Map> values;
     if (map) values.emplace(data<float>(*map));
     const Product p{&l, data<uint8_t>(weight), x.dtype() == BF16 ? Type::bf16 : Type::f32, x.data(), out.data(), m,
@@ -93,24 +102,25 @@ void multiply(const Layout& l, const Array& weight, const Array& x, const Array&
     const Isa level = isa();
     nb::gil_scoped_release release;
     QUANTKIT_CALL(level, product, p);
+    return out;
 }
 
-void multiply_plain(const Array& weight, const Array& x, const Array& out, const std::optional<Array>& bias,
-                    int threads) {
+Array multiply_plain(const Array& weight, const Array& x, const std::optional<Array>& bias, int threads) {
     check(weight, "weight", {BF16});
     check(x, "x", {BF16});
     if (weight.ndim() != 2) throw std::invalid_argument("weight must have two dimensions");
     const auto rows = static_cast<int64_t>(weight.shape(0)), cols = static_cast<int64_t>(weight.shape(1));
     const int64_t m = rows_of(x, cols);
     if (m < 1 || m > 2) throw std::invalid_argument("x must have 1 or 2 rows, not " + std::to_string(m));
-    check(out, "out", {BF16}, m * rows);
     if (bias) check(*bias, "bias", {nb::dtype<float>()}, rows);
     check_threads(threads);
+    const Array out = result_of(x, rows);
     const PlainProduct p{data<uint16_t>(weight), rows, cols, data<uint16_t>(x), data<uint16_t>(out), m,
                          bias ? data<float>(*bias) : nullptr, threads};
     const Isa level = isa();
     nb::gil_scoped_release release;
     QUANTKIT_CALL(level, plain, p);
+    return out;
 }
 
 }  // namespace
@@ -131,8 +141,7 @@ void bind_linear(nb::module_& module) {
                nb::arg("nested_offset"), nb::arg("map").noconvert().none(), nb::arg("out").noconvert(),
                nb::arg("threads"));
     module.def("multiply_plain", &multiply_plain, nb::arg("weight").noconvert(), nb::arg("x").noconvert(),
-               nb::arg("out").noconvert(), nb::arg("bias").noconvert().none(), nb::arg("threads"));
+               nb::arg("bias").noconvert().none(), nb::arg("threads"));
     module.def("multiply", &multiply, nb::arg("layout"), nb::arg("weight").noconvert(), nb::arg("x").noconvert(),
-               nb::arg("out").noconvert(), nb::arg("bias").noconvert().none(), nb::arg("map").noconvert().none(),
-               nb::arg("threads"));
+               nb::arg("bias").noconvert().none(), nb::arg("map").noconvert().none(), nb::arg("threads"));
 }
