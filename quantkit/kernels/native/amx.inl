@@ -23,7 +23,7 @@ constexpr int64_t CHUNK_STEPS = 4;
 constexpr int64_t CHUNK_BYTES = CHUNK_STEPS * TILE_BYTES;  // of a panel
 constexpr int64_t CHUNK_PANELS = 2;  // the first-level cache holds two chunks, decoded, and two tiles of x
 constexpr int64_t MOST_PANELS = 16;  // that meet x together: the more, the less often x is read
-constexpr int64_t PASS_ROWS = 256;   // of x that share a pass over the weights
+constexpr int64_t PASS_ROWS = 512;   // of x that share a pass over the weights
 constexpr int64_t FEW_ROWS = 32, FEW_PANELS = 2;  // few rows: to read codes in few streams matters more,
 constexpr int64_t FEW_TURN = 32;                  // and many panels one after another
 
@@ -77,8 +77,9 @@ struct Sums {
     bool whole = false;         // two by two full tiles, and no zero points
     const Piece* piece;
     int64_t tile;
-    float* products;  // (2, 2, 16, 16), once they are stored
-    float* totals;    // (2, 2, 16, 16)
+    const float* facts;  // of its first row
+    float* products;     // (2, 2, 16, 16), once they are stored
+    float* totals;       // (2, 2, 16, 16)
 };
 
 // Sums on their way from tiles to the totals. Those of a piece are stored when the next one begins, and scaled and
@@ -172,7 +173,7 @@ struct PairTiles {
         const float* products = sums.products + (2 * r + n) * TILE_SUMS;
         float* to = sums.totals + (2 * r + n) * TILE_SUMS;
         const Layout& l = *pipe.p->layout;
-        const float* of_windows = pipe.x->facts + (sums.tile + r) * TILE_ROWS * l.windows + piece.window;
+        const float* of_windows = sums.facts + r * ROWS * l.windows;
         const int64_t rows = pipe.x->rows_of(sums.tile + r);
         for (int64_t row = 0; row < rows; ++row, products += PANEL, to += PANEL) {
             if (l.zeros) {
@@ -181,6 +182,10 @@ struct PairTiles {
             }
             add_row(products, scales, to);
         }
+    }
+
+    static const float* facts_of(const Layout& l, const Rows& x, const Piece& piece, int64_t tile) {
+        return x.facts + tile * ROWS * l.windows + piece.window;
     }
 
     // As they lie in x; zeros beyond its rows and a window's end.
@@ -205,11 +210,12 @@ struct PairTiles {
 
 // 8 rows of integers by 64 columns of codes that are bytes in offset binary, multiplied as they lie. The integers of a
 // row's piece have a common scale, absmax / 32,512, and two planes of bytes, 256 * high + low: a tile has rows of high
-// bytes, then of low ones. Facts (pieces, 3, count): what the offset adds to the sums of either plane, and the scale.
+// bytes, then of low ones. Facts (pieces, 2, count): what the offset takes off the sum, an integer, and the scale.
 struct ByteTiles {
     static constexpr int64_t PLANES = 2, ROWS = 8, COLS = 64;
     static constexpr int64_t PIECE_COLS = 4 * COLS, STEP_BYTES = TILE_BYTES;
-    static constexpr float LIMIT = 32512, OFFSET = 128;
+    static constexpr float LIMIT = 32512;
+    static constexpr int OFFSET = 128;
 
     static bool takes(const Layout& l) { return l.cols % COLS == 0 && l.window % COLS == 0; }
 
@@ -219,28 +225,36 @@ struct ByteTiles {
         MULTIPLY_TILES(_tile_dpbsud)
     }
 
-    static QUANTKIT_INLINE void add_rows(const Pipeline& pipe, const Sums& sums, int r, int n, int64_t rows) {
-        const Layout& l = *pipe.p->layout;
-        const int64_t pieces = (l.width(0) + PIECE_COLS - 1) / PIECE_COLS, count = pipe.x->count;
-        const Piece& piece = *sums.piece;
-        const float* facts = pipe.x->facts + (piece.window * pieces + piece.start / PIECE_COLS) * 3 * count +
-                             (sums.tile + r) * pipe.x->tile_rows;
-        const auto* products = reinterpret_cast<const int32_t*>(sums.products) + (2 * r + n) * TILE_SUMS;
-        const int64_t low_at = pipe.x->tile_rows * PANEL;
-        float* to = sums.totals + (2 * r + n) * TILE_SUMS;
-        const vf scales = piece.scales[n];
-        for (int64_t row = 0; row < rows; ++row, ++facts, products += PANEL, to += PANEL) {
-            const vf high = _mm512_cvtepi32_ps(_mm512_load_si512(products)) + splat(facts[0]);
-            const vf low = _mm512_cvtepi32_ps(_mm512_load_si512(products + low_at)) + splat(facts[count]);
-            const vf total = fused(load(to), fused(low, high, splat(256)) * splat(facts[2 * count]), scales);
-            std::memcpy(to, &total, sizeof total);
-        }
+    // The sums of one row: of high bytes, and `low_at` behind of low ones. Its facts are `count` apart. What an integer
+    // holds in between may wrap around, the end does not: 256 columns of at most 128 by 32,512.
+    static QUANTKIT_INLINE void add_row(const float* products, int64_t low_at, const float* facts, int64_t count,
+                                        vf scales, float* to) {
+        const __m512i high = _mm512_load_si512(products), low = _mm512_load_si512(products + low_at);
+        const __m512i offset = _mm512_set1_epi32(__builtin_bit_cast(int, facts[0]));
+        const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high, 8), _mm512_add_epi32(low, offset));
+        const vf total = fused(load(to), _mm512_cvtepi32_ps(sum) * splat(facts[count]), scales);
+        std::memcpy(to, &total, sizeof total);
     }
     static QUANTKIT_INLINE void add_whole(const Pipeline& pipe, const Sums& sums, int index) {
-        add_rows(pipe, sums, index / 2, index % 2, ROWS);
+        const vf scales = sums.piece->scales[index % 2];
+        const float *products = sums.products + index * TILE_SUMS, *facts = sums.facts + index / 2 * ROWS;
+        const int64_t count = pipe.x->count;
+        float* to = sums.totals + index * TILE_SUMS;
+        unroll<ROWS>(EACH(row) {
+            add_row(products + row * PANEL, ROWS * PANEL, facts + row, count, scales, to + row * PANEL);
+        });
     }
     static void add(const Pipeline& pipe, const Sums& sums, int r, int n) {
-        add_rows(pipe, sums, r, n, pipe.x->rows_of(sums.tile + r));
+        const float* products = sums.products + (2 * r + n) * TILE_SUMS;
+        float* to = sums.totals + (2 * r + n) * TILE_SUMS;
+        const int64_t rows = pipe.x->rows_of(sums.tile + r), tile_rows = pipe.x->tile_rows;
+        for (int64_t row = 0; row < rows; ++row)
+            add_row(products + row * PANEL, tile_rows * PANEL, sums.facts + r * tile_rows + row, pipe.x->count,
+                    sums.piece->scales[n], to + row * PANEL);
+    }
+    static const float* facts_of(const Layout& l, const Rows& x, const Piece& piece, int64_t tile) {
+        const int64_t pieces = (l.width(0) + PIECE_COLS - 1) / PIECE_COLS;
+        return x.facts + (piece.window * pieces + piece.start / PIECE_COLS) * 2 * x.count + tile * x.tile_rows;
     }
 
     static void pack(const Product& p, int64_t first, const Rows& x, int64_t tile) {
@@ -248,7 +262,7 @@ struct ByteTiles {
         const int64_t rows = x.rows_of(tile);
         const auto* from = static_cast<const uint16_t*>(p.x) + (first + tile * x.tile_rows) * l.cols;
         float* facts = x.facts + tile * x.tile_rows;
-        for (int64_t column = 0, left = 0; column < l.cols; facts += 3 * x.count) {
+        for (int64_t column = 0, left = 0; column < l.cols; facts += 2 * x.count) {
             if (left == 0) left = l.width(column / l.window);
             const int64_t count = left < PIECE_COLS ? left : PIECE_COLS;
             for (int64_t row = 0; row < rows; ++row)
@@ -270,10 +284,10 @@ struct ByteTiles {
             _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi16_epi8(high));
             _mm256_store_si256(reinterpret_cast<__m256i*>(to + x.tile_rows * 64), _mm512_cvtepi16_epi8(low));
         }
-        const __m512i ones = _mm512_set1_epi16(1);
-        facts[0] = -OFFSET * static_cast<float>(_mm512_reduce_add_epi32(_mm512_madd_epi16(high_sum, ones)));
-        facts[x.count] = -OFFSET * static_cast<float>(_mm512_reduce_add_epi32(_mm512_madd_epi16(low_sum, ones)));
-        facts[2 * x.count] = scale;
+        const __m512i both = _mm512_add_epi32(_mm512_madd_epi16(high_sum, _mm512_set1_epi16(256)),
+                                              _mm512_madd_epi16(low_sum, _mm512_set1_epi16(1)));
+        facts[0] = __builtin_bit_cast(float, -OFFSET * _mm512_reduce_add_epi32(both));
+        facts[x.count] = scale;
     }
 };
 
@@ -406,38 +420,65 @@ private:
     int64_t panel_, bytes_, ahead_;
 };
 
+// R tiles of x by P panels over a piece of STEPS steps, or `steps` where that is 0. What goes ahead goes on meanwhile.
+// ADD: so does adding the sums of a block before, two by two whole tiles.
+template <class T, class A, int R, int P, int STEPS, bool ADD>
+QUANTKIT_INLINE void multiply_piece(const uint8_t* x, const uint8_t* weights, int64_t next_panel, float* out,
+                                    int64_t steps, const Pipeline& pipe, const Sums& before, A& ahead) {
+    const auto multiply = [&](auto first, int64_t step) __attribute__((always_inline)) {
+        T::template multiply<R, P, decltype(first)::value>(x + step * 2 * TILE_BYTES, weights + step * T::STEP_BYTES,
+                                                           next_panel, out);
+    };
+    const auto go_on = [&]() __attribute__((always_inline)) {
+        ahead.due += ahead.rate;
+        ahead.run(ahead.due >> 8);
+        ahead.due &= 255;
+    };
+    multiply(std::true_type{}, 0);
+    if constexpr (STEPS == 0) {
+        go_on();
+        for (int64_t step = 1; step < steps; ++step) multiply(std::false_type{}, step), go_on();
+    } else {
+        unroll<STEPS>(EACH(step) {
+            constexpr int STEP = decltype(step)::value;
+            if constexpr (STEP > 0) multiply(std::false_type{}, STEP);
+            if constexpr (ADD)
+                unroll<4 / STEPS>(EACH(tile) { T::add_whole(pipe, before, STEP * 4 / STEPS + tile); });
+            go_on();
+        });
+    }
+}
+
 // R tiles of x by P panels over all of a chunk.
 template <class T, class A, int R, int P>
 void multiply_block(const Chunk& chunk, const Rows& x, int64_t tile, Pipeline& pipe, A& ahead) {
     const uint8_t* weights = chunk.weights;
-    const int64_t next_panel = chunk.next_panel;
     const bool whole = R == 2 && P == 2 && !pipe.p->layout->zeros && x.rows_of(tile + 1) == T::ROWS;
     float* const totals = pipe.totals_of(tile, chunk.panel);
     for (const Piece* piece = chunk.pieces; piece != chunk.pieces + chunk.count; ++piece) {
         Sums &now = pipe.before(0), &held = pipe.before(1);  // (never copied: fields are read as they were written)
         const Sums& before = pipe.before(2);
         now.tiles = R, now.panels = P, now.whole = whole, now.piece = piece, now.tile = tile;
+        now.facts = T::facts_of(*pipe.p->layout, x, *piece, tile);
         now.products = pipe.products + pipe.turn % 2 * 4 * TILE_SUMS, now.totals = totals;
         ++pipe.turn;
         if (held.tiles != R || held.panels != P) pipe.store(held);
-        float* out = held.products;
-        const uint8_t* from = x.at(piece->step, tile);
-        const auto go_on = [&](int first, int stop) __attribute__((always_inline)) {
-            if (before.whole)
-                for (int each = first; each < stop; ++each) T::add_whole(pipe, before, each);
-            ahead.due += ahead.rate;
-            ahead.run(ahead.due >> 8);
-            ahead.due &= 255;
+        const auto run = [&](auto steps, auto add) __attribute__((always_inline)) {
+            constexpr bool ADD = decltype(add)::value;
+            multiply_piece<T, A, R, P, decltype(steps)::value, ADD>(x.at(piece->step, tile), weights, chunk.next_panel,
+                                                                    held.products, piece->steps, pipe, before, ahead);
+            if constexpr (!ADD) pipe.add<T>(before);
         };
-        T::template multiply<R, P, true>(from, weights, next_panel, out);
-        const int steps = static_cast<int>(piece->steps);
-        go_on(0, 4 / steps);
-        for (int step = 1; step < steps; ++step) {
-            T::template multiply<R, P, false>(from + step * 2 * TILE_BYTES, weights + step * T::STEP_BYTES, next_panel,
-                                              out);
-            go_on(step * 4 / steps, (step + 1) * 4 / steps);
-        }
-        if (!before.whole) pipe.add<T>(before);
+        const auto by_steps = [&](auto add) __attribute__((always_inline)) {
+            switch (piece->steps) {
+                case 1: return run(std::integral_constant<int, 1>{}, add);
+                case 2: return run(std::integral_constant<int, 2>{}, add);
+                case 4: return run(std::integral_constant<int, 4>{}, add);
+                default: return run(std::integral_constant<int, 0>{}, std::false_type{});
+            }
+        };
+        if (R == 2 && P == 2 && before.whole) by_steps(std::bool_constant<R == 2 && P == 2>{});
+        else by_steps(std::false_type{});
         weights += piece->steps * T::STEP_BYTES;
     }
 }
@@ -540,7 +581,7 @@ void tile_rows(const Product& p) {
         x.tiles = (x.count + T::ROWS - 1) / T::ROWS;
         x.pair_bytes = 2 * (steps + CHUNK_STEPS) * TILE_BYTES;  // with a gap: pairs fall into other sets of a cache
         x.data = static_cast<uint8_t*>(scratch<5>((x.tiles + 1) / 2 * x.pair_bytes));
-        x.facts = static_cast<float*>(scratch<6>(x.count * (l.windows + steps) * 3 * sizeof(float)));
+        x.facts = static_cast<float*>(scratch<6>(x.count * (l.windows + steps) * 2 * sizeof(float)));
         const TileConfig config(T::PLANES * x.tile_rows);
 #pragma omp parallel num_threads(p.threads)
         {
