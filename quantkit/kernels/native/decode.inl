@@ -55,11 +55,12 @@ inline void add(const uint16_t* other, int64_t size, uint16_t* x) {
 // Half-split RoPE of one head.
 inline void rotate_head(const Token& t, const uint16_t* head, uint16_t* out) {
     const int64_t half = t.shape->head_dim / 2;
-    for (int64_t at = 0; at < 2 * half; ++at) {
-        const float swapped = at < half ? -from_bf16(head[at + half]) : from_bf16(head[at - half]);
+    const auto turn = [&](int64_t at, float swapped) {
         const float turned = rounded(swapped * from_bf16(t.sin[at]));
         out[at] = to_bf16(rounded(from_bf16(head[at]) * from_bf16(t.cos[at])) + turned);
-    }
+    };
+    for (int64_t at = 0; at < half; ++at) turn(at, -from_bf16(head[at + half]));
+    for (int64_t at = half; at < 2 * half; ++at) turn(at, from_bf16(head[at - half]));
 }
 
 // Attention of G queries (G, head_dim), scaled already, to `count` keys: for each the largest score, the sum of
@@ -67,35 +68,44 @@ inline void rotate_head(const Token& t, const uint16_t* head, uint16_t* out) {
 template <int G>
 void attend_chunk(const float* q, const uint16_t* keys, const uint16_t* values, int64_t count, int64_t head_dim,
                   float* out, int64_t stride) {
-    alignas(64) float scores[G][KEY_CHUNK], by_key[KEY_CHUNK][G];
+    alignas(64) float scores[G][KEY_CHUNK];
     const int64_t padded = (count + LANES - 1) / LANES * LANES;
-    for (int64_t key = 0; key < count; ++key) {
-        for (int64_t at = 0; at < head_dim; at += 32) {  // lines: keys some way ahead, and the values that come next
-            __builtin_prefetch(keys + key * head_dim + at + AHEAD / 2);
-            __builtin_prefetch(values + key * head_dim + at);
+    for (int64_t first = 0; first < count; first += LANES) {
+        vf sum[G][LANES] = {};
+        for (int64_t key = first; key < count && key < first + LANES; ++key) {
+            const uint16_t* k = keys + key * head_dim;
+            for (int64_t at = 0; at < head_dim; at += 32) {  // lines: keys some way ahead, and values that come next
+                __builtin_prefetch(k + at + AHEAD / 2);
+                __builtin_prefetch(values + key * head_dim + at);
+            }
+            vf products[G] = {};
+            for (int64_t at = 0; at < head_dim; at += LANES) {
+                const vf wide = load_bf16(k + at);
+                unroll<G>(EACH(g) { products[g] = fused(products[g], wide, load(q + g * head_dim + at)); });
+            }
+            unroll<G>(EACH(g) { sum[g][key - first] = products[g]; });
         }
-        vf sum[G] = {};
-        for (int64_t at = 0; at < head_dim; at += LANES) {
-            const vf k = load_bf16(keys + key * head_dim + at);
-            unroll<G>(EACH(g) { sum[g] = fused(sum[g], k, load(q + g * head_dim + at)); });
-        }
-        unroll<G>(EACH(g) { scores[g][key] = horizontal(sum[g]); });
+        unroll<G>(EACH(g) {
+            const vf sums = horizontals(sum[g]);
+            std::memcpy(scores[g] + first, &sums, sizeof sums);
+        });
     }
     for (int g = 0; g < G; ++g) {
-        float most = -__builtin_inff();
-        for (int64_t key = 0; key < count; ++key) most = scores[g][key] > most ? scores[g][key] : most;
         for (int64_t key = count; key < padded; ++key) scores[g][key] = -__builtin_inff();
-        float total = 0;
+        vf mosts = splat(-__builtin_inff()), totals = {};
+        for (int64_t at = 0; at < padded; at += LANES) {
+            const vf here = load(scores[g] + at);
+            mosts = here > mosts ? here : mosts;
+        }
+        float most = mosts[0];
+        for (int lane = 1; lane < LANES; ++lane) most = mosts[lane] > most ? mosts[lane] : most;
         for (int64_t at = 0; at < padded; at += LANES) {
             const vf powers = exponential(load(scores[g] + at) - splat(most));
             std::memcpy(scores[g] + at, &powers, sizeof powers);
-        }
-        for (int64_t key = 0; key < count; ++key) {
-            total += scores[g][key];
-            by_key[key][g] = scores[g][key];
+            totals += powers;  // (those beyond `count` are e**-87 each)
         }
         out[g * stride] = most;
-        out[g * stride + 1] = total;
+        out[g * stride + 1] = horizontal(totals);
     }
     auto block = [&](auto width, int64_t at) __attribute__((always_inline)) {
         constexpr int WIDTH = decltype(width)::value;
@@ -103,7 +113,7 @@ void attend_chunk(const float* q, const uint16_t* keys, const uint16_t* values, 
         for (int64_t key = 0; key < count; ++key)
             unroll<WIDTH>(EACH(part) {
                 const vf v = load_bf16(values + key * head_dim + at + part * LANES);
-                unroll<G>(EACH(g) { sum[g][part] = fused(sum[g][part], v, by_key[key][g]); });
+                unroll<G>(EACH(g) { sum[g][part] = fused(sum[g][part], v, scores[g][key]); });
             });
         unroll<G>(EACH(g) { std::memcpy(out + g * stride + 2 + at, sum[g], sizeof sum[g]); });
     };

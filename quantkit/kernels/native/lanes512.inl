@@ -49,6 +49,20 @@ inline void look_up_32(const uint16_t (*halves)[256], const uint8_t* codes, vf* 
 
 inline float horizontal(vf x) { return _mm512_reduce_add_ps(x); }
 
+// The sum of each of 16 vectors.
+inline vf horizontals(const vf (&x)[LANES]) {
+    vf fours[4];
+    for (int index = 0; index < 4; ++index) {
+        const vf* from = x + 4 * index;
+        const vf first = _mm512_unpacklo_ps(from[0], from[1]) + _mm512_unpackhi_ps(from[0], from[1]);
+        const vf second = _mm512_unpacklo_ps(from[2], from[3]) + _mm512_unpackhi_ps(from[2], from[3]);
+        const __m512d low = _mm512_castps_pd(first), high = _mm512_castps_pd(second);
+        fours[index] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high)) + _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+    const auto fold = [](vf a, vf b) { return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd); };
+    return fold(fold(fours[0], fours[1]), fold(fours[2], fours[3]));
+}
+
 inline vf load_bf16(const uint16_t* at) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));

@@ -488,7 +488,7 @@ auto direct_of(int64_t rows, std::index_sequence<I...>) {
 template <int MOST, class F>
 void each_panel(int64_t panels, F&& f) {
     const int64_t steps = (panels + MOST - 1) / MOST;
-#pragma omp for schedule(guided, 2)
+#pragma omp for schedule(guided)
     for (int64_t step = 0; step < steps; ++step) {
         int64_t panel = step * MOST;
         if (panel + MOST <= panels) f(std::integral_constant<int, MOST>{}, panel);
