@@ -350,6 +350,8 @@ class TestBadInput:
             ValueError, match="QUANTKIT_ISA=avx1024 cannot run here; this machine has portable"
         ):
             native.require().isa()
+        with pytest.raises(BackendError, match="QUANTKIT_ISA=avx1024 cannot run here"):
+            native.extension.__wrapped__()
 
 
 class TestReadingFiles:

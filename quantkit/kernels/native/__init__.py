@@ -34,11 +34,22 @@ _HUGE_PAGE = 1 << 21  # bytes
 
 @cache
 def extension() -> ModuleType | None:
-    """Return the compiled module, None where the package was installed without a compiler, or never."""
+    """Return the compiled module, None where the package was installed without a compiler, or never.
+
+    Raises:
+        BackendError: `QUANTKIT_ISA` names what cannot run here.
+    """
     try:
-        return import_module("quantkit.kernels.native._native")  # after torch, whose OpenMP runtime it shares
+        module = import_module(
+            "quantkit.kernels.native._native"
+        )  # after torch, whose OpenMP runtime it shares
     except ModuleNotFoundError:
         return None
+    try:
+        module.isa()
+    except ValueError as error:
+        raise BackendError(str(error)) from None
+    return module
 
 
 @dataclass(frozen=True)
@@ -246,7 +257,7 @@ def _undispatched(x: torch.Tensor) -> bool:
     by 4096 would take a tenth longer.
     """
     return (
-        not torch.compiler.is_compiling()
+        not torch.compiler.is_dynamo_compiling()
         and torch.is_inference_mode_enabled()
         and type(x) is torch.Tensor
         and torch._C._len_torch_dispatch_stack() == 0

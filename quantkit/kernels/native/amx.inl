@@ -16,7 +16,7 @@
 //     pack(product, first row, rows, tile): a tile of x, all its columns
 // What goes ahead (Decoder, Loader) has:
 //     Codes                an engine of product.inl, which knows the codes
-//     start(product, first panel, panels together, chunk, buffer), run(count): makes `count` units of a chunk ready
+//     start(product, first panel, panels together, chunk, buffer), run(count): makes `count` of a chunk's `units` ready
 
 constexpr int64_t TILE_ROWS = 16, TILE_BYTES = 1024, TILE_SUMS = TILE_BYTES / sizeof(float);
 constexpr int64_t CHUNK_STEPS = 4;
@@ -91,6 +91,7 @@ struct Pipeline {
     int64_t panels;   // that meet x together
     float* totals;    // (tiles / 2, panels / 2, 2, 2, 16, 16)
     float* products;  // two of Sums::products
+    int64_t due, rate;  // of what goes ahead: 256ths of a unit, and how many each step adds
     int turn = 0;
     Sums ring[4];  // what is multiplied, what tiles hold, and what is stored
 
@@ -323,8 +324,7 @@ struct Cursor {
 template <class E>
 struct Decoder {
     using Codes = E;
-    int64_t units;      // tiles that are left
-    int64_t due, rate;  // 256ths of one, and how many each step adds
+    int64_t units;  // tiles that are left
 
     void start(const Product& product, int64_t first_panel, int64_t together, Chunk& to, uint8_t* buffer) {
         p_ = &product, chunk_ = &to, first_ = first_panel + to.panel, buffer_ = buffer;
@@ -334,8 +334,7 @@ struct Decoder {
         const Layout& l = *product.layout;
         int64_t bytes = 0;
         for (int piece = 0; piece < to.count; ++piece) bytes += to.pieces[piece].columns / BLOCK * E::BYTES;
-        const int64_t far = AHEAD / together > bytes ? AHEAD / together : bytes;
-        ahead_ = to.codes_at + far < l.scales_at ? far : far - l.scales_at + together * l.panel_bytes;
+        ahead_ = ahead(l, to.codes_at, together, AHEAD / together > bytes ? AHEAD / together : bytes);
     }
     QUANTKIT_INLINE void run(int64_t count) {
         for (; count > 0 && units > 0; --count, --units) {
@@ -395,14 +394,13 @@ template <class E>
 struct Loader {
     using Codes = E;
     int64_t units;  // panels that are left
-    int64_t due, rate;
 
     void start(const Product& product, int64_t first_panel, int64_t together, Chunk& to, uint8_t*) {
         const Layout& l = *product.layout;
         p_ = &product, chunk_ = &to, panel_ = 0, units = to.panels, bytes_ = to.steps * TILE_BYTES;
         to.weights = product.weight + (first_panel + to.panel) * l.panel_bytes + to.codes_at;
         to.next_panel = l.panel_bytes;
-        ahead_ = to.codes_at + bytes_ < l.scales_at ? bytes_ : bytes_ - l.scales_at + together * l.panel_bytes;
+        ahead_ = ahead(l, to.codes_at, together, bytes_);
     }
     void run(int64_t count) {
         for (; count > 0 && units > 0; --count, --units, ++panel_) {
@@ -424,15 +422,15 @@ private:
 // ADD: so does adding the sums of a block before, two by two whole tiles.
 template <class T, class A, int R, int P, int STEPS, bool ADD>
 QUANTKIT_INLINE void multiply_piece(const uint8_t* x, const uint8_t* weights, int64_t next_panel, float* out,
-                                    int64_t steps, const Pipeline& pipe, const Sums& before, A& ahead) {
+                                    int64_t steps, Pipeline& pipe, const Sums& before, A& ahead) {
     const auto multiply = [&](auto first, int64_t step) __attribute__((always_inline)) {
         T::template multiply<R, P, decltype(first)::value>(x + step * 2 * TILE_BYTES, weights + step * T::STEP_BYTES,
                                                            next_panel, out);
     };
     const auto go_on = [&]() __attribute__((always_inline)) {
-        ahead.due += ahead.rate;
-        ahead.run(ahead.due >> 8);
-        ahead.due &= 255;
+        pipe.due += pipe.rate;
+        ahead.run(pipe.due >> 8);
+        pipe.due &= 255;
     };
     multiply(std::true_type{}, 0);
     if constexpr (STEPS == 0) {
@@ -490,7 +488,7 @@ void multiply_chunk(const Chunk& chunk, const Rows& x, Pipeline& pipe, A& ahead)
     static constexpr Block BLOCKS[2][2] = {{multiply_block<T, A, 1, 1>, multiply_block<T, A, 1, 2>},
                                            {multiply_block<T, A, 2, 1>, multiply_block<T, A, 2, 2>}};
     const int64_t steps = (x.tiles + 1) / 2 * chunk.steps;
-    ahead.due = 0, ahead.rate = (256 * ahead.units + steps - 1) / steps;
+    pipe.due = 0, pipe.rate = (256 * ahead.units + steps - 1) / steps;
     for (int64_t tile = 0; tile < x.tiles; tile += 2)
         BLOCKS[tile + 1 < x.tiles][chunk.panels > 1](chunk, x, tile, pipe, ahead);
     ahead.run(ahead.units);

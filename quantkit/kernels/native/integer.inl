@@ -98,7 +98,7 @@ void direct_integer(const Product& p, int64_t first, const uint32_t* x, const fl
         for (int64_t start = 0; start < width; start += I::MAX_CHUNK, ++chunk) {
             const int64_t blocks = (width - start < I::MAX_CHUNK ? width - start : I::MAX_CHUNK) / BLOCK;
             vf dots[M][N][PARTS];
-            const int64_t next = ahead<N>(l, codes - panel);
+            const int64_t next = ahead(l, codes - panel, N, AHEAD / N);
             I::template dot<M, N>(codes, panel_bytes, next, blocks, at, x_sums + 2 * M * chunk, dots);
             unroll<M>(EACH(row) {
                 unroll<N>(EACH(n) {

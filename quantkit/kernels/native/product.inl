@@ -189,11 +189,10 @@ QUANTKIT_INLINE void prefetch_once(const void* at) {
     else __builtin_prefetch(at, 0, 0);
 }
 
-// From codes at offset `at` of one of N panels that are read together to what is to be prefetched: codes of the same
-// panel, or of the one that is read after it.
-template <int N>
-QUANTKIT_INLINE int64_t ahead(const Layout& l, int64_t at) {
-    return at + AHEAD / N < l.scales_at ? AHEAD / N : AHEAD / N - l.scales_at + N * l.panel_bytes;
+// From codes at offset `at` of one of so many panels that are read together to what is to be prefetched, `far` ahead:
+// codes of the same panel, or of the one that is read after it.
+QUANTKIT_INLINE int64_t ahead(const Layout& l, int64_t at, int64_t panels, int64_t far) {
+    return at + far < l.scales_at ? far : far - l.scales_at + panels * l.panel_bytes;
 }
 
 // Prefetches a group's scales of the panel that is read after N at a time: too sparse a stream for the hardware.
@@ -329,7 +328,7 @@ void direct(const Product& p, int64_t first, const typename E::X* x, const float
         const int64_t window = group >> repeat_bits;
         const int64_t blocks = l.width(window) / BLOCK;
         const typename E::X* at = x + window * window_units;
-        const int64_t next = ahead<N>(l, codes - panel);
+        const int64_t next = ahead(l, codes - panel, N, AHEAD / N);
         vf sum[CHAINS][M][N][PARTS] = {};
         for (int64_t block = 0; block < blocks; ++block) {
             unroll<N>(EACH(n) {
