@@ -39,10 +39,8 @@ def extension() -> ModuleType | None:
     Raises:
         BackendError: `QUANTKIT_ISA` names what cannot run here.
     """
-    try:
-        module = import_module(
-            "quantkit.kernels.native._native"
-        )  # after torch, whose OpenMP runtime it shares
+    try:  # after torch, whose OpenMP runtime it shares
+        module = import_module("quantkit.kernels.native._native")
     except ModuleNotFoundError:
         return None
     try:

@@ -71,8 +71,9 @@ void attend_chunk(const float* q, const uint16_t* keys, const uint16_t* values, 
     alignas(64) float scores[G][KEY_CHUNK];
     const int64_t padded = (count + LANES - 1) / LANES * LANES;
     for (int64_t first = 0; first < count; first += LANES) {
-        vf sum[G][LANES] = {};
-        for (int64_t key = first; key < count && key < first + LANES; ++key) {
+        vf sum[G][LANES];
+        for (int64_t lane = 0; lane < LANES; ++lane) {
+            const int64_t key = first + lane < count ? first + lane : count - 1;  // beyond the end: not looked at
             const uint16_t* k = keys + key * head_dim;
             for (int64_t at = 0; at < head_dim; at += 32) {  // lines: keys some way ahead, and values that come next
                 __builtin_prefetch(k + at + AHEAD / 2);
@@ -83,7 +84,7 @@ void attend_chunk(const float* q, const uint16_t* keys, const uint16_t* values, 
                 const vf wide = load_bf16(k + at);
                 unroll<G>(EACH(g) { products[g] = fused(products[g], wide, load(q + g * head_dim + at)); });
             }
-            unroll<G>(EACH(g) { sum[g][key - first] = products[g]; });
+            unroll<G>(EACH(g) { sum[g][lane] = products[g]; });
         }
         unroll<G>(EACH(g) {
             const vf sums = horizontals(sum[g]);
