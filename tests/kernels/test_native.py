@@ -48,7 +48,7 @@ def integers(weight: QuantizedTensor, rows: int, isa: str) -> tuple[int, int] | 
     if isa == "avx2" and rows <= 2:
         return (8191, 4096) if nf4 else (32512, 0)
     if isa == "amx" and nf4 and rows <= 2:
-        return (16383, 8192)
+        return (32512, 16384)
     whole = isa == "amx" and int8 and weight.shape[1] % 64 == weight.scheme.group % 64 == 0  # tiles of bytes
     if (isa in ("avx512bf16", "amx") and not nf4 and rows <= 2) or whole:
         return (32512, 0)

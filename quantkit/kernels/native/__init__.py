@@ -4,8 +4,9 @@
 each instruction set. `QUANTKIT_ISA` names one (`portable`, `avx2`, `avx512`, `avx512bf16`, `amx`) in place of the
 best this machine has.
 
-Factors are exact in float32, and for bfloat16 x too, with one exception: from `avx512bf16` on NF4's codebook is
-rounded to bfloat16, at most 0.156% of a weight (`codebook.h`).
+Factors are exact in float32, and for bfloat16 x too, with two exceptions: from `avx512bf16` on NF4's codebook is
+rounded to bfloat16, at most 0.156% of a weight (`codebook.h`), and where integers are multiplied faster, as for one
+row, x is taken as integers of blocks (`integer.inl`; `bytes.inl` and `isa_avx2.cpp` say how fine NF4's codebook is).
 """
 
 from __future__ import annotations

@@ -90,6 +90,7 @@ void direct_integer(const Product& p, int64_t first, const uint32_t* x, const fl
     const uint8_t* panel = p.weight + first * panel_bytes;
     const uint8_t* codes = panel;
     vf totals[M][N][PARTS] = {};
+    Scales<I> readers[N];
     for (int64_t group = 0; group < groups; ++group) {
         const int64_t window = group >> repeat_bits, width = l.width(window);
         const uint32_t* at = x + window * l.window / BLOCK * M * WORDS;
@@ -113,7 +114,7 @@ void direct_integer(const Product& p, int64_t first, const uint32_t* x, const fl
             unroll<M>(EACH(row) { unroll<PARTS>(EACH(part) { dots[row][part] = sum[row][n][part]; }); });
             prefetch_scales<N>(l, panel + n * panel_bytes, group);
             vf scales[PARTS];
-            load_scales<I>(p, panel + n * panel_bytes, group, scales);
+            readers[n].next(p, panel + n * panel_bytes, group, scales);
             scale_group<M>(p, panel + n * panel_bytes, group, window, sums, scales, dots);
             unroll<M>(EACH(row) { unroll<PARTS>(EACH(part) { totals[row][n][part] += dots[row][part]; }); });
         });

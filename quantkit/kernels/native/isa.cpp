@@ -25,7 +25,7 @@ bool has_amx() {
 #ifdef QUANTKIT_AMX
     constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     static const bool granted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-                                __builtin_cpu_supports("amx-int8") &&
+                                __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("avx512vbmi") &&
                                 syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
     return granted;
 #else

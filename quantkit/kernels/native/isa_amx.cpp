@@ -16,7 +16,7 @@ constexpr int ROWS_DIRECT_BF16 = 2;
 
 #include "avx512bf16.inl"
 
-#include "words.inl"
+#include "bytes.inl"
 
 #include "amx.inl"
 
@@ -30,7 +30,7 @@ void few(const Product& p) {
     switch (p.layout->kind) {
         case Kind::int8: return one_or_two<Planes<Kind::int8>>(p);
         case Kind::int4: return one_or_two<Planes<Kind::int4>>(p);
-        case Kind::nf4: return one_or_two<Words>(p);
+        case Kind::nf4: return one_or_two<Bytes>(p);
     }
 }
 
