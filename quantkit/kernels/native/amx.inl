@@ -13,6 +13,7 @@
 //     STEP_BYTES           from a step's weights to the next one's
 //     multiply<R, P, FIRST>(x, weights, next panel, sums): tiles 0 to 3 += R tiles of x times P of weights
 //     add_whole(pipeline, sums, index), add(pipeline, sums, r, n): scale a tile of sums and add it to the totals
+//     facts_of(layout, rows, piece, tile): where the facts of a tile's rows begin, for one piece
 //     pack(product, first row, rows, tile): a tile of x, all its columns
 // What goes ahead (Decoder, Loader) has:
 //     Codes                an engine of product.inl, which knows the codes
@@ -88,9 +89,9 @@ struct Sums {
 struct Pipeline {
     const Product* p;
     const Rows* x;
-    int64_t panels;   // that meet x together
-    float* totals;    // (tiles / 2, panels / 2, 2, 2, 16, 16)
-    float* products;  // two of Sums::products
+    int64_t panels;     // that meet x together
+    float* totals;      // (tiles / 2, panels / 2, 2, 2, 16, 16)
+    float* products;    // two of Sums::products
     int64_t due, rate;  // of what goes ahead: 256ths of a unit, and how many each step adds
     int turn = 0;
     Sums ring[4];  // what is multiplied, what tiles hold, and what is stored

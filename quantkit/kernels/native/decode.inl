@@ -63,6 +63,15 @@ inline void rotate_head(const Token& t, const uint16_t* head, uint16_t* out) {
     for (int64_t at = half; at < 2 * half; ++at) turn(at, from_bf16(head[at - half]));
 }
 
+#ifndef __AVX512F__  // else `lanes512.inl` has it, by shuffles
+// The sum of each of so many vectors.
+inline vf horizontals(const vf (&x)[LANES]) {
+    vf sums;
+    for (int lane = 0; lane < LANES; ++lane) sums[lane] = horizontal(x[lane]);
+    return sums;
+}
+#endif
+
 // Attention of G queries (G, head_dim), scaled already, to `count` keys: for each the largest score, the sum of
 // e**(score - largest), and that many times the values (head_dim,), G results `stride` floats apart.
 template <int G>

@@ -30,13 +30,6 @@ inline float horizontal(vf x) {
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
 }
 
-// The sum of each of so many vectors.
-inline vf horizontals(const vf (&x)[LANES]) {
-    vf sums;
-    for (int lane = 0; lane < LANES; ++lane) sums[lane] = horizontal(x[lane]);
-    return sums;
-}
-
 inline vf load_bf16(const uint16_t* at) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));

@@ -27,13 +27,6 @@ inline vf look_up(const float* table, int64_t, const int32_t* index) {
 
 inline float horizontal(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
-// The sum of each of so many vectors.
-inline vf horizontals(const vf (&x)[LANES]) {
-    vf sums;
-    for (int lane = 0; lane < LANES; ++lane) sums[lane] = horizontal(x[lane]);
-    return sums;
-}
-
 inline vf load_bf16(const uint16_t* at) {
     vf out;
     for (int lane = 0; lane < LANES; ++lane) {
