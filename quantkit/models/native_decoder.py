@@ -16,7 +16,6 @@ from quantkit.kernels import native
 from quantkit.kernels.native import PackedWeight
 from quantkit.models.kv_cache import KVCache
 from quantkit.models.linear import Block, Fused, Linear
-from quantkit.quantize.nf4 import dynamic_map
 
 _VECTOR = 16  # hidden sizes and heads must be multiples of it
 
@@ -43,7 +42,6 @@ class NativeDecoder:
             head_dim=config.head_dim,
             eps=config.norm_eps,
             norm=norm,
-            map=dynamic_map(),
         )
         for block in blocks:
             assert isinstance(block.qkv, Fused)
@@ -95,4 +93,4 @@ def _matrix(linear: Linear) -> Any:
     weight, module = linear.weight, native.require()
     assert isinstance(weight, PackedWeight)
     bias = None if linear.bias is None else linear.bias.float()
-    return module.Matrix(native.layout_of(weight.layout), weight.data, bias)
+    return module.Matrix(weight.kernel_layout, weight.data, bias)

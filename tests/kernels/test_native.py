@@ -281,7 +281,6 @@ class TestBadInput:
             "zeros": weight.zeros,
             "nested_scales": None,
             "nested_offset": 0.0,
-            "map": None,
             "out": torch.empty(layout.nbytes, dtype=torch.uint8),
             "threads": 1,
         }
@@ -310,7 +309,7 @@ class TestBadInput:
         layout, weight = parts["layout"], parts["out"]
         x = torch.zeros(2, 128)
         multiply = native.require().multiply
-        multiply(layout, weight, x, None, None, 1)
+        multiply(layout, weight, x, None, 1)
         aligned = torch.zeros(weight.numel() + 64, dtype=torch.uint8)  # type: ignore[attr-defined]
         for arguments, words in (
             ((weight, x.double()), "x has the wrong dtype"),
@@ -322,11 +321,12 @@ class TestBadInput:
             ((weight[:-1], x), "weight has"),  # type: ignore[index]
         ):
             with pytest.raises(ValueError, match=words):
-                multiply(layout, *arguments, None, None, 1)
+                multiply(layout, *arguments, None, 1)
         with pytest.raises(ValueError, match="bias has the wrong dtype"):
-            multiply(layout, weight, x, torch.zeros(32).double(), None, 1)
-        with pytest.raises(TypeError):
-            multiply(layout, weight, [[0.0]], None, None, 1)
+            multiply(layout, weight, x, torch.zeros(32).double(), 1)
+        for not_here in ([[0.0]], x.numpy(), x.to("meta")):
+            with pytest.raises(TypeError):
+                multiply(layout, weight, not_here, None, 1)
 
     @pytest.mark.parametrize(
         ("arguments", "words"),
@@ -338,6 +338,9 @@ class TestBadInput:
             (("int8", 16, 64, 64, "uint8", False), "only NF4's are nested"),
             (("int8", 16, 64, 64, "bfloat16", True), "only int4 has zero points"),
             (("int8", 16, 64, 64, "float64", False), "scale is 'float64'"),
+            (("nf4", 16, 64, 64, "uint8", False), "map: nested scales, and no others"),
+            (("nf4", 16, 64, 64, "float32", False, torch.zeros(256)), "map: nested scales, and no others"),
+            (("nf4", 16, 64, 64, "uint8", False, torch.zeros(3)), "map has 3 elements, not 256"),
         ],
     )
     def test_layouts(self, arguments: tuple[object, ...], words: str) -> None:

@@ -13,7 +13,6 @@ from quantkit.formats.checkpoint import open_checkpoint
 from quantkit.kernels import native
 from quantkit.models.decoder import Decoder
 from quantkit.models.loader import load
-from quantkit.quantize.nf4 import dynamic_map
 from quantkit.schemes import SCHEMES, plan_weights
 from tests.checkpoints import tiny_config, write_checkpoint
 
@@ -143,14 +142,13 @@ def test_bad_arguments_name_themselves(tmp_path: Path) -> None:
     module = native.require()
     shape: dict[str, Any] = {
         "hidden": 128, "ffn": 256, "n_heads": 4, "n_kv_heads": 2, "head_dim": 32, "eps": 1e-5,
-        "norm": torch.ones(128, dtype=torch.bfloat16), "map": dynamic_map(),
+        "norm": torch.ones(128, dtype=torch.bfloat16),
     }  # fmt: skip
     for wrong, message in (
         ({"hidden": 120}, "hidden, ffn and head_dim must be multiples of 16"),
         ({"n_kv_heads": 3}, "n_kv_heads must divide n_heads"),
         ({"norm": torch.ones(127, dtype=torch.bfloat16)}, "norm has 127 elements, not 128"),
         ({"norm": torch.ones(128)}, "norm has the wrong dtype"),
-        ({"map": torch.ones(3)}, "map has 3 elements, not 256"),
     ):
         with pytest.raises(ValueError, match=message):
             module.Model(**{**shape, **wrong})

@@ -19,7 +19,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils.dlpack import from_dlpack, to_dlpack  # a tensor's own `__dlpack__` takes long
+from torch import Tensor, get_num_threads, is_inference_mode_enabled
+from torch._C import _len_torch_dispatch_stack
+from torch.compiler import is_dynamo_compiling
 
 from quantkit.errors import BackendError
 from quantkit.quantize.nf4 import dynamic_map
@@ -77,6 +79,11 @@ class PackedWeight:
     def layout(self) -> str:
         """What describes the bytes to the kernels, in one word: an operator passes it at little cost."""
         return _layout_name(self.scheme, self.shape, self.scale_dtype)
+
+    @cached_property
+    def kernel_layout(self) -> Any:
+        """`layout` as the kernels take it."""
+        return layout_of(self.layout)
 
 
 def packs(scheme: QuantScheme, cols: int) -> bool:
@@ -151,7 +158,6 @@ def pack(weights: Sequence[QuantizedTensor], arena: Arena | None = None) -> Pack
             zeros=weight.zeros,
             nested_scales=weight.nested_scales,
             nested_offset=0.0 if offset is None else float(offset),
-            map=dynamic_map() if scheme.nested else None,
             out=data[start : start + layout.nbytes],
             threads=torch.get_num_threads(),
         )
@@ -162,8 +168,9 @@ def pack(weights: Sequence[QuantizedTensor], arena: Arena | None = None) -> Pack
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return x @ W.T + bias for x (..., K), in x's dtype; float16 is computed in float32."""
-    run = _packed_linear if _undispatched(x) else _PACKED_LINEAR
-    return run(x, weight.data, bias, weight.shape[0], weight.layout)
+    if _undispatched(x):
+        return _multiply(x, weight.data, bias, weight.kernel_layout)
+    return _PACKED_LINEAR(x, weight.data, bias, weight.shape[0], weight.layout)
 
 
 def takes_plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -221,7 +228,8 @@ def _layout_name(scheme: QuantScheme, shape: tuple[int, int], scale_dtype: torch
 def layout_of(name: str) -> Any:
     """Return what `_layout_name` names, as the kernels take it."""
     kind, rows, cols, group, scale, zeros = name.split()
-    return require().Layout(kind, int(rows), int(cols), int(group), scale, zeros == "1")
+    values = dynamic_map() if scale == "uint8" else None
+    return require().Layout(kind, int(rows), int(cols), int(group), scale, zeros == "1", values)
 
 
 def require() -> ModuleType:
@@ -256,10 +264,10 @@ def _undispatched(x: torch.Tensor) -> bool:
     by 4096 would take a tenth longer.
     """
     return (
-        not torch.compiler.is_dynamo_compiling()
-        and torch.is_inference_mode_enabled()
-        and type(x) is torch.Tensor
-        and torch._C._len_torch_dispatch_stack() == 0
+        not is_dynamo_compiling()
+        and is_inference_mode_enabled()
+        and type(x) is Tensor
+        and _len_torch_dispatch_stack() == 0
     )
 
 
@@ -267,20 +275,18 @@ def _undispatched(x: torch.Tensor) -> bool:
 def _packed_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: int, layout: str
 ) -> torch.Tensor:
-    wide = x if x.dtype != torch.float16 else x.float()
-    if not wide.is_contiguous():
-        wide = wide.contiguous()
-    found = layout_of(layout)
-    out = require().multiply(
-        found,
-        to_dlpack(weight),
-        to_dlpack(wide),
-        None if bias is None else to_dlpack(bias.float()),
-        to_dlpack(dynamic_map()) if found.nested else None,
-        torch.get_num_threads(),
-    )
-    y = from_dlpack(out)
-    return y if x.dtype != torch.float16 else y.half()
+    return _multiply(x, weight, bias, layout_of(layout))
+
+
+def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layout: Any) -> torch.Tensor:
+    if x.dtype == torch.float16:
+        return _multiply(x.float(), weight, bias, layout).half()
+    if not x.is_contiguous():
+        x = x.contiguous()
+    if bias is not None:
+        bias = bias.float()
+    y: torch.Tensor = require().multiply(layout, weight, x, bias, get_num_threads())
+    return y
 
 
 @torch.library.register_fake("quantkit::packed_linear", lib=_LIBRARY)
@@ -294,10 +300,10 @@ def _packed_linear_fake(
 def _plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if not x.is_contiguous():
         x = x.contiguous()
-    wide = None if bias is None else to_dlpack(bias.float())
-    return from_dlpack(
-        require().multiply_plain(to_dlpack(weight), to_dlpack(x), wide, torch.get_num_threads())
-    )
+    if bias is not None:
+        bias = bias.float()
+    y: torch.Tensor = require().multiply_plain(weight, x, bias, get_num_threads())
+    return y
 
 
 @torch.library.register_fake("quantkit::plain_linear", lib=_LIBRARY)
@@ -312,8 +318,7 @@ _LIBRARY.define("attention(Tensor q, Tensor keys, Tensor values, int window) -> 
 def _attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
     q = q.contiguous()
     out = torch.empty_like(q)
-    tensors = (to_dlpack(each) for each in (q, keys, values, out))
-    require().attend(*tensors, window, torch.get_num_threads())
+    require().attend(q, keys, values, out, window, torch.get_num_threads())
     return out
 
 

@@ -2,7 +2,6 @@
 #include "attention.h"
 
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 
 #include <stdexcept>
 #include <string>
@@ -27,7 +26,7 @@ void check_heads(const Array& array, const char* name) {
 void attend_to(const Array& q, const Array& keys, const Array& values, const Array& out, int64_t window, int threads) {
     check(q, "q", {BF16});
     if (q.ndim() != 4) throw std::invalid_argument("q must have four dimensions");
-    check(out, "out", {BF16}, static_cast<int64_t>(q.size()));
+    check(out, "out", {BF16}, q.size());
     check_heads(keys, "keys");
     check_heads(values, "values");
     for (int dim = 0; dim < 4; ++dim)
@@ -40,7 +39,7 @@ void attend_to(const Array& q, const Array& keys, const Array& values, const Arr
     for (int dim = 0; dim < 3; ++dim)
         a.key_strides[dim] = keys.stride(dim), a.value_strides[dim] = values.stride(dim);
     a.window = window, a.threads = threads;
-    if (static_cast<int64_t>(keys.shape(0)) != a.batch || static_cast<int64_t>(keys.shape(3)) != a.head_dim)
+    if (keys.shape(0) != a.batch || keys.shape(3) != a.head_dim)
         throw std::invalid_argument("keys must have q's batch and head_dim");
     if (a.n_kv_heads < 1 || a.n_heads % a.n_kv_heads != 0)
         throw std::invalid_argument("keys: their heads must divide q's");
@@ -57,6 +56,6 @@ void attend_to(const Array& q, const Array& keys, const Array& values, const Arr
 }  // namespace
 
 void bind_attention(nb::module_& module) {
-    module.def("attend", &attend_to, nb::arg("q").noconvert(), nb::arg("keys").noconvert(),
-               nb::arg("values").noconvert(), nb::arg("out").noconvert(), nb::arg("window"), nb::arg("threads"));
+    module.def("attend", &attend_to, nb::arg("q"), nb::arg("keys"),
+               nb::arg("values"), nb::arg("out"), nb::arg("window"), nb::arg("threads"));
 }

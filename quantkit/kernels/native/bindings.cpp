@@ -6,6 +6,7 @@
 
 NB_MODULE(_native, module) {
     nanobind::set_leak_warnings(false);  // Python keeps layouts in caches until it exits
+    bind_arrays(module);
     bind_memory(module);
     bind_isa(module);
     bind_linear(module);

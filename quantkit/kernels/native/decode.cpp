@@ -2,7 +2,6 @@
 #include "decode.h"
 
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
 #include <mutex>
@@ -22,24 +21,23 @@ namespace {
 
 constexpr int64_t VECTOR = 16;  // what hidden sizes and heads are multiples of, whatever the instruction set
 
-// Keeps the tensors that a Matrix points to.
+// Keeps the tensors that a Matrix points to; Python keeps the layout.
 struct HeldMatrix {
-    Layout layout;
+    const Layout* layout;
     Array weight;
     std::optional<Array> bias;
 
-    HeldMatrix(const Layout& layout_, Array weight_, std::optional<Array> bias_)
-        : layout(layout_), weight(std::move(weight_)), bias(std::move(bias_)) {
-        check(weight, "weight", {nb::dtype<uint8_t>()}, layout.nbytes, 64);
-        if (bias) check(*bias, "bias", {nb::dtype<float>()}, layout.rows);
+    HeldMatrix(const HeldLayout& held, Array weight_, std::optional<Array> bias_)
+        : layout(&held.layout), weight(std::move(weight_)), bias(std::move(bias_)) {
+        check(weight, "weight", {nb::dtype<uint8_t>()}, layout->nbytes, 64);
+        if (bias) check(*bias, "bias", {nb::dtype<float>()}, layout->rows);
     }
-    Matrix view() const { return {&layout, data<uint8_t>(weight), bias ? data<float>(*bias) : nullptr}; }
+    Matrix view() const { return {layout, data<uint8_t>(weight), bias ? data<float>(*bias) : nullptr}; }
 };
 
 class Model {
 public:
-    Model(int64_t hidden, int64_t ffn, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, float eps, Array norm,
-          const std::optional<Array>& map)
+    Model(int64_t hidden, int64_t ffn, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, float eps, Array norm)
         : shape_{hidden, ffn, n_heads, n_kv_heads, head_dim, eps}, norm_(std::move(norm)) {
         for (const int64_t size : {hidden, ffn, head_dim})
             if (size < 1 || size % VECTOR != 0)
@@ -47,7 +45,6 @@ public:
         if (n_kv_heads < 1 || n_heads < 1 || n_heads % n_kv_heads != 0)
             throw std::invalid_argument("n_kv_heads must divide n_heads");
         check(norm_, "norm", {BF16}, hidden);
-        if (map) check(*map, "map", {nb::dtype<float>()}, 256), map_.emplace(data<float>(*map));
         const int64_t attended = n_heads * head_dim;
         work_.resize(attended + 2 * n_kv_heads * head_dim + attended + 2 * hidden + 3 * ffn);
     }
@@ -77,12 +74,12 @@ public:
         check_threads(threads);
         const auto n_layers = static_cast<int64_t>(layers_.size());
         check(cache, "cache", {BF16});
-        if (cache.ndim() != 6 || static_cast<int64_t>(cache.shape(0)) != n_layers || cache.shape(1) != 2 ||
-            cache.shape(2) != 1 || static_cast<int64_t>(cache.shape(3)) != s.n_kv_heads ||
-            static_cast<int64_t>(cache.shape(5)) != s.head_dim)
+        if (cache.ndim() != 6 || cache.shape(0) != n_layers || cache.shape(1) != 2 ||
+            cache.shape(2) != 1 || cache.shape(3) != s.n_kv_heads ||
+            cache.shape(5) != s.head_dim)
             throw std::invalid_argument("cache must be (" + std::to_string(n_layers) + ", 2, 1, " +
                                         std::to_string(s.n_kv_heads) + ", slots, " + std::to_string(s.head_dim) + ")");
-        const auto slots = static_cast<int64_t>(cache.shape(4));
+        const int64_t slots = cache.shape(4);
         if (keys < 1 || keys > slots || slot < 0 || slot >= keys)
             throw std::invalid_argument("slot and keys must lie within the cache's slots");
         const Isa level = isa();
@@ -91,7 +88,7 @@ public:
         partials_.resize(s.n_heads * ((keys + KEY_CHUNK - 1) / KEY_CHUNK) * (s.head_dim + 2));
         Token t{};
         t.shape = &shape_, t.layers = layers_.data(), t.n_layers = n_layers;
-        t.norm = data<uint16_t>(norm_), t.map = map_ ? &*map_ : nullptr;
+        t.norm = data<uint16_t>(norm_);
         t.x = data<uint16_t>(x), t.cos = data<uint16_t>(cos), t.sin = data<uint16_t>(sin);
         t.cache = data<uint16_t>(cache), t.slots = slots, t.slot = slot, t.keys = keys;
         t.states = data<uint16_t>(states);
@@ -112,14 +109,11 @@ private:
         if (view.layout->rows != rows || view.layout->cols != cols)
             throw std::invalid_argument(std::string(name) + " must be " + std::to_string(rows) + " x " +
                                         std::to_string(cols));
-        if (view.layout->scale == Type::nested && !map_)
-            throw std::invalid_argument("map is missing: nested scales need the values of their codes");
         return view;
     }
 
     Shape shape_;
     Array norm_;
-    std::optional<Map> map_;
     std::vector<Layer> layers_;
     std::vector<Array> norms_;
     std::vector<nb::object> matrices_;
@@ -132,15 +126,15 @@ private:
 
 void bind_decode(nb::module_& module) {
     nb::class_<HeldMatrix>(module, "Matrix")
-        .def(nb::init<const Layout&, Array, std::optional<Array>>(), nb::arg("layout"),
-             nb::arg("weight").noconvert(), nb::arg("bias").noconvert().none());
+        .def(nb::init<const HeldLayout&, Array, std::optional<Array>>(), nb::keep_alive<1, 2>(), nb::arg("layout"),
+             nb::arg("weight"), nb::arg("bias").none());
     nb::class_<Model>(module, "Model")
-        .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, float, Array, const std::optional<Array>&>(),
+        .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, float, Array>(),
              nb::arg("hidden"), nb::arg("ffn"), nb::arg("n_heads"), nb::arg("n_kv_heads"), nb::arg("head_dim"),
-             nb::arg("eps"), nb::arg("norm").noconvert(), nb::arg("map").noconvert().none())
-        .def("add_layer", &Model::add_layer, nb::arg("attention_norm").noconvert(), nb::arg("qkv"), nb::arg("o"),
-             nb::arg("ffn_norm").noconvert(), nb::arg("gate_up"), nb::arg("down"))
-        .def("run", &Model::run, nb::arg("x").noconvert(), nb::arg("cos").noconvert(), nb::arg("sin").noconvert(),
-             nb::arg("cache").noconvert(), nb::arg("slot"), nb::arg("keys"), nb::arg("states").noconvert(),
+             nb::arg("eps"), nb::arg("norm"))
+        .def("add_layer", &Model::add_layer, nb::arg("attention_norm"), nb::arg("qkv"), nb::arg("o"),
+             nb::arg("ffn_norm"), nb::arg("gate_up"), nb::arg("down"))
+        .def("run", &Model::run, nb::arg("x"), nb::arg("cos"), nb::arg("sin"),
+             nb::arg("cache"), nb::arg("slot"), nb::arg("keys"), nb::arg("states"),
              nb::arg("threads"));
 }

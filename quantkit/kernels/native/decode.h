@@ -26,7 +26,6 @@ struct Token {
     const Layer* layers;
     int64_t n_layers;
     const uint16_t* norm;        // (hidden,), the final one
-    const Map* map;              // where scales are nested
     const uint16_t* x;           // (hidden,), the embedding
     const uint16_t *cos, *sin;   // (head_dim,), of the token's position
     uint16_t* cache;             // (n_layers, 2, n_kv_heads, slots, head_dim)

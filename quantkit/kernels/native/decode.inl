@@ -187,7 +187,7 @@ inline void attention(const Token& t, int64_t layer) {
 }
 
 inline void multiply(const Token& t, const Matrix& matrix, const uint16_t* x, uint16_t* y) {
-    few(Product{matrix.layout, matrix.weight, Type::bf16, x, y, 1, matrix.bias, t.map, t.threads});
+    few(Product{matrix.layout, matrix.weight, Type::bf16, x, y, 1, matrix.bias, t.threads});
 }
 
 inline void swiglu(const Token& t) {

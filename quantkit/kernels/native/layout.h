@@ -41,12 +41,28 @@ constexpr int NF4_ZERO_CODE = 7;
 enum class Kind : int { int8, int4, nf4 };
 enum class Type : int { f32, bf16, f16, nested };  // of scales; x and the result are f32 or bf16
 
+// The values of nested scales' 256 codes: as they are, and their lower and upper halves.
+struct Map {
+    float values[256];
+    alignas(64) uint16_t halves[2][256];
+
+    QUANTKIT_INLINE explicit Map(const float* from) {
+        for (int code = 0; code < 256; ++code) {
+            values[code] = from[code];
+            const uint32_t bits = __builtin_bit_cast(uint32_t, from[code]);
+            halves[0][code] = static_cast<uint16_t>(bits);
+            halves[1][code] = static_cast<uint16_t>(bits >> 16);
+        }
+    }
+};
+
 struct Layout {
     Kind kind;
     int64_t rows, cols;
     int64_t group;  // columns that share a scale, cols where the whole row does; NF4: elements of a block
     Type scale;
     bool zeros;
+    const Map* map;  // of nested scales, else null
 
     // derived
     bool ragged;          // NF4 blocks that do not divide a row
@@ -62,8 +78,9 @@ struct Layout {
     int64_t scales_at, zeros_at, nested_at, panel_bytes;
     int64_t nbytes;
 
-    QUANTKIT_INLINE Layout(Kind kind_, int64_t rows_, int64_t cols_, int64_t group_, Type scale_, bool zeros_)
-        : kind(kind_), rows(rows_), cols(cols_), group(group_), scale(scale_), zeros(zeros_) {
+    QUANTKIT_INLINE Layout(Kind kind_, int64_t rows_, int64_t cols_, int64_t group_, Type scale_, bool zeros_,
+                           const Map* map_)
+        : kind(kind_), rows(rows_), cols(cols_), group(group_), scale(scale_), zeros(zeros_), map(map_) {
         ragged = kind == Kind::nf4 && cols % group != 0;
         if (ragged && scale == Type::nested) scale = Type::f32;  // unfolded when packed
         window = group < cols ? group : cols;
@@ -88,21 +105,6 @@ struct Layout {
     }
 };
 
-// The values of nested scales' 256 codes: as they are, and their lower and upper halves.
-struct Map {
-    float values[256];
-    alignas(64) uint16_t halves[2][256];
-
-    explicit Map(const float* from) {
-        for (int code = 0; code < 256; ++code) {
-            values[code] = from[code];
-            const uint32_t bits = __builtin_bit_cast(uint32_t, from[code]);
-            halves[0][code] = static_cast<uint16_t>(bits);
-            halves[1][code] = static_cast<uint16_t>(bits >> 16);
-        }
-    }
-};
-
 // y (m, rows) = x (m, cols) times the matrix transposed, plus bias (rows,) or null. Rows of x and y are contiguous.
 struct Product {
     const Layout* layout;
@@ -112,7 +114,6 @@ struct Product {
     void* y;
     int64_t m;
     const float* bias;
-    const Map* map;  // where scales are nested
     int threads;
 };
 

@@ -2,7 +2,6 @@
 // kernel that streams weights is held to. No single way of reading is the fastest on every machine, so there are
 // several, and the caller takes the best.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -94,7 +93,7 @@ uint64_t read_buffer(const Array& buffer, const std::string& name, int threads) 
     check_threads(threads);
     const Reader& reader = find(name);
     const auto* start = data<const uint8_t>(buffer);
-    const auto lines = static_cast<int64_t>(buffer.size()) / LINE;
+    const int64_t lines = buffer.size() / LINE;
     uint64_t total = 0;
     nb::gil_scoped_release released;
 #pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : total)
@@ -116,7 +115,7 @@ int64_t read_file(int file, int64_t offset, const Array& out, int threads) {
     check_threads(threads);
     if (offset < 0) throw std::invalid_argument("offset must not be negative");
     auto* to = data<uint8_t>(out);
-    const auto bytes = static_cast<int64_t>(out.size());
+    const int64_t bytes = out.size();
     int64_t total = 0;
     int failed = 0;
     {
@@ -151,8 +150,8 @@ std::vector<std::string> names() {
 
 void bind_memory(nb::module_& module) {
     module.def("readers", &names);
-    module.def("read", &read_buffer, nb::arg("buffer").noconvert(), nb::arg("reader"), nb::arg("threads"));
-    module.def("read_file", &read_file, nb::arg("file"), nb::arg("offset"), nb::arg("out").noconvert(),
+    module.def("read", &read_buffer, nb::arg("buffer"), nb::arg("reader"), nb::arg("threads"));
+    module.def("read_file", &read_file, nb::arg("file"), nb::arg("offset"), nb::arg("out"),
                nb::arg("threads"));
-    module.def("advise_huge_pages", &advise, nb::arg("buffer").noconvert(), nb::arg("wanted"));
+    module.def("advise_huge_pages", &advise, nb::arg("buffer"), nb::arg("wanted"));
 }

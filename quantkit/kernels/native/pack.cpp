@@ -144,8 +144,8 @@ void pack_bytes(const Layout& l, const Canonical& from, int64_t first, uint8_t* 
         }
 }
 
-float nested_scale(const Canonical& from, const float* map, int64_t block) {
-    const float product = map[from.scales[block]] * from.nested_scales[block / NESTED];
+float nested_scale(const Layout& l, const Canonical& from, int64_t block) {
+    const float product = l.map->values[from.scales[block]] * from.nested_scales[block / NESTED];
     return product + from.nested_offset;
 }
 
@@ -159,7 +159,7 @@ void pack_whole_scales(const Layout& l, const Canonical& from, int64_t first, ui
         }
 }
 
-void pack_ragged_scales(const Layout& l, const Canonical& from, const float* map, int64_t first, uint8_t* to) {
+void pack_ragged_scales(const Layout& l, const Canonical& from, int64_t first, uint8_t* to) {
     for (int64_t lane = 0; lane < PANEL; ++lane)
         for (int64_t group = 0; group < l.groups; ++group) {
             const int64_t row = first + lane;
@@ -167,14 +167,14 @@ void pack_ragged_scales(const Layout& l, const Canonical& from, const float* map
             const int64_t last = (l.rows * l.cols - 1) / l.group;  // a matrix may end before the second block
             const int64_t next = begin / l.group + group % 2, block = next < last ? next : last;
             float scale = 0;
-            if (row < l.rows && from.nested_scales != nullptr) scale = nested_scale(from, map, block);
+            if (row < l.rows && from.nested_scales != nullptr) scale = nested_scale(l, from, block);
             else if (row < l.rows) std::memcpy(&scale, from.scales + 4 * block, 4);
             std::memcpy(to + 4 * (group * PANEL + lane), &scale, 4);
         }
 }
 
-void pack_scales(const Layout& l, const Canonical& from, const float* map, int64_t first, uint8_t* to) {
-    if (l.ragged) pack_ragged_scales(l, from, map, first, to);
+void pack_scales(const Layout& l, const Canonical& from, int64_t first, uint8_t* to) {
+    if (l.ragged) pack_ragged_scales(l, from, first, to);
     else if (l.scale_bytes == 1) pack_whole_scales<1>(l, from, first, to);
     else if (l.scale_bytes == 2) pack_whole_scales<2>(l, from, first, to);
     else pack_whole_scales<4>(l, from, first, to);
@@ -205,7 +205,7 @@ void pack_nested(const Layout& l, const Canonical& from, int64_t first, uint8_t*
 
 }  // namespace
 
-void pack(const Layout& layout, const Canonical& from, const float* map, uint8_t* to, int threads) {
+void pack(const Layout& layout, const Canonical& from, uint8_t* to, int threads) {
     const Layout l = layout;
     const int64_t bytes = l.rows * l.cols / (l.kind == Kind::int8 ? 1 : 2);  // of codes, about
 #pragma omp parallel num_threads(threads)
@@ -220,7 +220,7 @@ void pack(const Layout& layout, const Canonical& from, const float* map, uint8_t
         const int64_t first = panel * PANEL;
         if (l.kind == Kind::int8) pack_bytes(l, from, first, at);
         else pack_words(l, from, first, at);
-        pack_scales(l, from, map, first, at + l.scales_at);
+        pack_scales(l, from, first, at + l.scales_at);
         if (l.zeros) pack_zeros(l, from, first, at + l.zeros_at);
         const int64_t nested = l.nested_at;
         int64_t end = nested;

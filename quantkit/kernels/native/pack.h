@@ -3,5 +3,5 @@
 
 #include "layout.h"
 
-// Writes a matrix into its panels; `map` is that of nested scales. Threads take panels in turn.
-void pack(const Layout& layout, const Canonical& from, const float* map, uint8_t* to, int threads);
+// Writes a matrix into its panels. Threads take panels in turn.
+void pack(const Layout& layout, const Canonical& from, uint8_t* to, int threads);

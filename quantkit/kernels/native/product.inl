@@ -125,7 +125,7 @@ __attribute__((noinline)) inline void unfold_scales(const Product& p, const uint
     alignas(64) int32_t codes[PANEL];
     for (int lane = 0; lane < PANEL; ++lane) codes[lane] = at[lane];
     for (int part = 0; part < PARTS; ++part)
-        out[part] = look_up(p.map->values, 256, codes + part * LANES) * scales[part] + offset;
+        out[part] = look_up(l.map->values, 256, codes + part * LANES) * scales[part] + offset;
 }
 
 // Scales of a group, divided by the engine's factor.
@@ -148,7 +148,7 @@ QUANTKIT_INLINE void load_scales(const Product& p, const uint8_t* panel, int64_t
 __attribute__((noinline)) inline void unfold_pair(const Product& p, const uint8_t* panel, int64_t group, float factor,
                                                   vf* out) {
     const Layout& l = *p.layout;
-    look_up_32(p.map->halves, panel + l.scales_at + group * PANEL, out);
+    look_up_32(l.map->halves, panel + l.scales_at + group * PANEL, out);
     for (int next = 0; next < 2; ++next) {
         vf scales;
         const float offset = nested_scales(l, panel, group + next, &scales);

@@ -2,7 +2,6 @@
 #include "quantize.h"
 
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -34,7 +33,7 @@ Quantization describe(const Array& values, const std::string& kind_name, int64_t
                       const Array& scales, const std::optional<Array>& zeros, int threads) {
     check(values, "values", {nb::dtype<float>(), BF16, F16});
     if (values.ndim() != 2 || values.size() == 0) throw std::invalid_argument("values must be a matrix with elements");
-    const auto rows = static_cast<int64_t>(values.shape(0)), cols = static_cast<int64_t>(values.shape(1));
+    const int64_t rows = values.shape(0), cols = values.shape(1);
     const Kind kind = kind_of(kind_name);
     const bool nf4 = kind == Kind::nf4;
     if (group < 1 || group > MOST_GROUP || (nf4 && group % 2 != 0))
@@ -77,10 +76,10 @@ std::pair<double, double> squares_of(const Array& values, const std::string& kin
 }  // namespace
 
 void bind_quantize(nb::module_& module) {
-    module.def("quantize", &quantize_matrix, nb::arg("values").noconvert(), nb::arg("kind"), nb::arg("group"),
-               nb::arg("codes").noconvert(), nb::arg("scales").noconvert(), nb::arg("zeros").noconvert().none(),
+    module.def("quantize", &quantize_matrix, nb::arg("values"), nb::arg("kind"), nb::arg("group"),
+               nb::arg("codes"), nb::arg("scales"), nb::arg("zeros").none(),
                nb::arg("factors"), nb::arg("threads"));
-    module.def("squares", &squares_of, nb::arg("values").noconvert(), nb::arg("kind"), nb::arg("group"),
-               nb::arg("codes").noconvert(), nb::arg("scales").noconvert(), nb::arg("zeros").noconvert().none(),
+    module.def("squares", &squares_of, nb::arg("values"), nb::arg("kind"), nb::arg("group"),
+               nb::arg("codes"), nb::arg("scales"), nb::arg("zeros").none(),
                nb::arg("threads"));
 }
