@@ -13,15 +13,17 @@ namespace avx2 {
 namespace {
 
 constexpr int LANES = 8;
+constexpr int TOGETHER = 1;
 typedef __m256 vf;
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 constexpr int ROWS_DIRECT = 3, ROWS_DIRECT_4_BITS = 3, ROWS_TILE = 6, STRIP_PANELS = 1;
 constexpr int ROWS_DIRECT_BF16 = ROWS_DIRECT;
 
 template <Kind K>
 QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
 
-inline vf look_up(const float* table, int64_t, const int32_t* index) {
-    return _mm256_i32gather_ps(table, _mm256_load_si256(reinterpret_cast<const __m256i*>(index)), 4);
+inline vf look_up(const float* table, int64_t, vu index) {
+    return _mm256_i32gather_ps(table, reinterpret_cast<__m256i>(index), 4);
 }
 
 inline float horizontal(vf x) {

@@ -12,14 +12,16 @@ namespace portable {
 namespace {
 
 constexpr int LANES = 4;
+constexpr int TOGETHER = 1;
 typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 constexpr int ROWS_DIRECT = 2, ROWS_DIRECT_4_BITS = 2, ROWS_TILE = 2, STRIP_PANELS = 1;
 constexpr int ROWS_DIRECT_BF16 = ROWS_DIRECT;
 
 template <Kind K>
 QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
 
-inline vf look_up(const float* table, int64_t, const int32_t* index) {
+inline vf look_up(const float* table, int64_t, vu index) {
     vf out;
     for (int lane = 0; lane < LANES; ++lane) out[lane] = table[index[lane]];
     return out;

@@ -2,13 +2,14 @@
 
 constexpr int LANES = 16;
 typedef __m512 vf;
+typedef uint32_t vu __attribute__((vector_size(64)));
 
 template <Kind K>
 QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
 
 // Entries of a table of `size`. In registers where it is short or has 256: a gather takes several times as long.
-inline vf look_up(const float* table, int64_t size, const int32_t* index) {
-    const __m512i at = _mm512_load_si512(index);
+inline vf look_up(const float* table, int64_t size, vu index) {
+    const auto at = reinterpret_cast<__m512i>(index);
     if (size <= 16) {
         const auto inside = static_cast<__mmask16>((1u << size) - 1);
         return _mm512_permutexvar_ps(at, _mm512_maskz_loadu_ps(inside, table));
@@ -25,9 +26,41 @@ inline vf look_up(const float* table, int64_t size, const int32_t* index) {
     return choose(128, first, second);
 }
 
-// Entries for 32 codes of a table of 256 floats, whose lower and upper halves lie apart: a permutation takes twice as
-// many 16-bit words as floats.
-inline void look_up_32(const uint16_t (*halves)[256], const uint8_t* codes, vf* out) {
+template <int COUNT>
+void look_up_codes(const Map& map, const uint8_t* codes, vf* out);
+
+#ifdef __AVX512VBMI__
+constexpr int TOGETHER = 4;
+
+// Byte by byte: a permutation of bytes takes 64 of them.
+template <>
+inline void look_up_codes<TOGETHER>(const Map& map, const uint8_t* codes, vf* out) {
+    // a lane of 128 bits ends up with four floats of each group
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i at = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
+    const __mmask64 odd = _mm512_test_epi8_mask(at, _mm512_set1_epi8(64));
+    const __mmask64 upper = _mm512_test_epi8_mask(at, _mm512_set1_epi8(-128));
+    const auto entries = [&](const uint8_t* table) {
+        const auto part = [&](int index) { return _mm512_load_si512(table + 64 * index); };
+        __m512i found = _mm512_permutexvar_epi8(at, part(0));
+        found = _mm512_mask_permutexvar_epi8(found, odd & ~upper, at, part(1));
+        found = _mm512_mask_permutexvar_epi8(found, upper & ~odd, at, part(2));
+        return _mm512_mask_permutexvar_epi8(found, upper & odd, at, part(3));
+    };
+    const __m512i bytes[4] = {entries(map.bytes[0]), entries(map.bytes[1]), entries(map.bytes[2]), entries(map.bytes[3])};
+    const __m512i low[2] = {_mm512_unpacklo_epi8(bytes[0], bytes[1]), _mm512_unpackhi_epi8(bytes[0], bytes[1])};
+    const __m512i high[2] = {_mm512_unpacklo_epi8(bytes[2], bytes[3]), _mm512_unpackhi_epi8(bytes[2], bytes[3])};
+    for (int half = 0; half < 2; ++half) {
+        out[2 * half] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low[half], high[half]));
+        out[2 * half + 1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low[half], high[half]));
+    }
+}
+#else
+constexpr int TOGETHER = 2;
+
+// Half by half: a permutation takes twice as many 16-bit words as floats.
+template <>
+inline void look_up_codes<TOGETHER>(const Map& map, const uint8_t* codes, vf* out) {
     const __m512i at = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
     const __mmask32 second = _mm512_test_epi16_mask(at, _mm512_set1_epi16(64));
     const __mmask32 upper = _mm512_test_epi16_mask(at, _mm512_set1_epi16(128));
@@ -39,13 +72,14 @@ inline void look_up_32(const uint16_t (*halves)[256], const uint8_t* codes, vf* 
         return _mm512_mask_blend_epi16(upper, _mm512_mask_blend_epi16(second, part(0), part(1)),
                                        _mm512_mask_blend_epi16(second, part(2), part(3)));
     };
-    const __m512i low = entries(halves[0]), high = entries(halves[1]);
+    const __m512i low = entries(map.halves[0]), high = entries(map.halves[1]);
     const __m512i wide = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                           5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i wider = _mm512_add_epi16(wide, _mm512_set1_epi16(16));
     out[0] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(low, wide, high));
-    out[1] = _mm512_castsi512_ps(
-        _mm512_permutex2var_epi16(low, _mm512_add_epi16(wide, _mm512_set1_epi16(16)), high));
+    out[1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(low, wider, high));
 }
+#endif
 
 inline float horizontal(vf x) { return _mm512_reduce_add_ps(x); }
 

@@ -35,23 +35,24 @@
 
 constexpr int64_t PANEL = 16;      // rows
 constexpr int64_t BLOCK = 8;       // columns
-constexpr int64_t NESTED = 256;    // scales that share a nested scale
+constexpr uint32_t NESTED = 256;  // scales that share a nested scale
 constexpr int NF4_ZERO_CODE = 7;
 
 enum class Kind : int { int8, int4, nf4 };
 enum class Type : int { f32, bf16, f16, nested };  // of scales; x and the result are f32 or bf16
 
-// The values of nested scales' 256 codes: as they are, and their lower and upper halves.
+// The values of nested scales' 256 codes: as they are, and their halves and bytes apart, the lowest first.
 struct Map {
     float values[256];
     alignas(64) uint16_t halves[2][256];
+    alignas(64) uint8_t bytes[4][256];
 
     QUANTKIT_INLINE explicit Map(const float* from) {
         for (int code = 0; code < 256; ++code) {
             values[code] = from[code];
             const uint32_t bits = __builtin_bit_cast(uint32_t, from[code]);
-            halves[0][code] = static_cast<uint16_t>(bits);
-            halves[1][code] = static_cast<uint16_t>(bits >> 16);
+            for (int half = 0; half < 2; ++half) halves[half][code] = static_cast<uint16_t>(bits >> 16 * half);
+            for (int byte = 0; byte < 4; ++byte) bytes[byte][code] = static_cast<uint8_t>(bits >> 8 * byte);
         }
     }
 };

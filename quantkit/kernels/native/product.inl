@@ -1,10 +1,12 @@
 // Fused dequantize and multiply, written once and compiled for each instruction set.
 //
 // The including file opens a namespace and defines, before it includes this:
-//     vf               a vector of LANES floats, with + and *
+//     vf, vu           vectors of LANES floats and uint32_t, with + and *
+//     look_up(table, size, vu) -> vf: entries of a table of floats
 //     ROWS_DIRECT      up to so many rows of x, codes are decoded in registers; of 4 bits, up to ROWS_DIRECT_4_BITS;
 //                      of bfloat16, up to ROWS_DIRECT_BF16
 //     ROWS_TILE        beyond that, strips of STRIP_PANELS panels are decoded once and meet blocks of so many rows
+//     TOGETHER         groups whose nested scales are unfolded together; `look_up_codes` may know how for so many
 //     engines          how codes become factors: see `product` in the isa files
 //
 // An engine has:
@@ -93,21 +95,37 @@ inline float element(const Product& p, int64_t row, int64_t column) {
     return p.type == Type::f32 ? static_cast<const float*>(p.x)[at] : from_bf16(static_cast<const uint16_t*>(p.x)[at]);
 }
 
-// What nested scales' codes of a group multiply, and what is added: the panel's own scales and offset.
-constexpr uint32_t NESTED_BLOCKS = NESTED;  // unsigned, so that a shift divides
-inline float nested_scales(const Layout& l, const uint8_t* panel, int64_t group, vf* out) {
+// The values of the codes of COUNT groups' nested scales.
+template <int COUNT>
+void look_up_codes(const Map& map, const uint8_t* codes, vf* out) {
+    typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+    for (int part = 0; part < COUNT * PARTS; ++part) {
+        Bytes bytes;
+        std::memcpy(&bytes, codes + part * LANES, LANES);
+        out[part] = look_up(map.values, 256, __builtin_convertvector(bytes, vu));
+    }
+}
+
+// From those values to the scales themselves: times the panel's own scales, plus its offset.
+template <int COUNT>
+QUANTKIT_INLINE void unfold(const Layout& l, const uint8_t* panel, int64_t group, vf* values) {
+    constexpr uint32_t LANE[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const uint8_t* nested = panel + l.nested_at;
     uint32_t start;
     float offset;
     std::memcpy(&start, nested, 4);
     std::memcpy(&offset, nested + 4, 4);
-    alignas(64) int32_t blocks[PANEL];
     const uint32_t first = start + static_cast<uint32_t>(group), groups = static_cast<uint32_t>(l.groups);
-    for (uint32_t lane = 0; lane < PANEL; ++lane)
-        blocks[lane] = static_cast<int32_t>((first + lane * groups) / NESTED_BLOCKS);
-    for (int part = 0; part < PARTS; ++part)
-        out[part] = look_up(reinterpret_cast<const float*>(nested + 8), l.nested_scales, blocks + part * LANES);
-    return offset;
+    for (int part = 0; part < PARTS; ++part) {
+        vu blocks;  // scales before these
+        std::memcpy(&blocks, LANE + part * LANES, sizeof blocks);
+        blocks = blocks * groups + first;
+        for (uint32_t next = 0; next < COUNT; ++next) {
+            vf& value = values[next * PARTS + part];
+            const auto* scales = reinterpret_cast<const float*>(nested + 8);
+            value = value * look_up(scales, l.nested_scales, (blocks + next) / NESTED) + offset;
+        }
+    }
 }
 
 // Scales that are rarer: float16, and NF4's nested ones.
@@ -120,12 +138,8 @@ __attribute__((noinline)) inline void unfold_scales(const Product& p, const uint
         std::memcpy(out, values, sizeof values);
         return;
     }
-    vf scales[PARTS];
-    const float offset = nested_scales(l, panel, group, scales);
-    alignas(64) int32_t codes[PANEL];
-    for (int lane = 0; lane < PANEL; ++lane) codes[lane] = at[lane];
-    for (int part = 0; part < PARTS; ++part)
-        out[part] = look_up(l.map->values, 256, codes + part * LANES) * scales[part] + offset;
+    look_up_codes<1>(*l.map, at, out);
+    unfold<1>(l, panel, group, out);
 }
 
 // Scales of a group, divided by the engine's factor.
@@ -143,37 +157,27 @@ QUANTKIT_INLINE void load_scales(const Product& p, const uint8_t* panel, int64_t
     if constexpr (E::FACTOR != 1) unroll<PARTS>(EACH(part) { out[part] = out[part] * (1 / E::FACTOR); });
 }
 
-#ifdef __AVX512BW__
-// Nested scales of two groups, divided by a factor: 32 codes cost hardly more than 16.
-__attribute__((noinline)) inline void unfold_pair(const Product& p, const uint8_t* panel, int64_t group, float factor,
-                                                  vf* out) {
-    const Layout& l = *p.layout;
-    look_up_32(l.map->halves, panel + l.scales_at + group * PANEL, out);
-    for (int next = 0; next < 2; ++next) {
-        vf scales;
-        const float offset = nested_scales(l, panel, group + next, &scales);
-        out[next] = (out[next] * scales + offset) * (1 / factor);
-    }
+// Nested scales of TOGETHER groups: as many codes cost hardly more than a few.
+template <int COUNT>
+__attribute__((noinline)) void unfold_together(const Layout& l, const uint8_t* panel, int64_t group, vf* out) {
+    look_up_codes<COUNT>(*l.map, panel + l.scales_at + group * PANEL, out);
+    unfold<COUNT>(l, panel, group, out);
 }
-#endif
 
 // A panel's scales, group after group.
 template <class E>
 class Scales {
 public:
     QUANTKIT_INLINE void next(const Product& p, const uint8_t* panel, int64_t group, vf* out) {
-#ifdef __AVX512BW__
-        if (p.layout->scale == Type::nested && (group | 1) < p.layout->groups) {
-            if (group % 2 == 0) unfold_pair(p, panel, group, E::FACTOR, pair_);
-            out[0] = pair_[group % 2];
-            return;
-        }
-#endif
-        load_scales<E>(p, panel, group, out);
+        const Layout& l = *p.layout;
+        if (l.scale != Type::nested || (group | (TOGETHER - 1)) >= l.groups)
+            return load_scales<E>(p, panel, group, out);
+        if (group % TOGETHER == 0) unfold_together<TOGETHER>(l, panel, group, kept_);
+        unroll<PARTS>(EACH(part) { out[part] = kept_[group % TOGETHER * PARTS + part] * (1 / E::FACTOR); });
     }
 
 private:
-    [[maybe_unused]] vf pair_[2];
+    vf kept_[TOGETHER * PARTS];
 };
 
 #ifdef QUANTKIT_X86
