@@ -271,11 +271,13 @@ class TestBadInput:
     """Everything wrong is a Python error that names the argument."""
 
     @pytest.fixture
-    def parts(self) -> dict[str, object]:
+    def layout(self) -> Any:
+        return native.require().Layout("int4", 32, 128, 64, "bfloat16", True)
+
+    @pytest.fixture
+    def parts(self, layout: Any) -> dict[str, Any]:
         weight = random_matrix(SCHEMES["int4-g64-asym"], (32, 128), torch.bfloat16)
-        layout = native.require().Layout("int4", 32, 128, 64, "bfloat16", True)
         return {
-            "layout": layout,
             "codes": weight.codes,
             "scales": weight.scales,
             "zeros": weight.zeros,
@@ -299,34 +301,33 @@ class TestBadInput:
             ("threads", 0, "threads must be"),
         ],
     )
-    def test_packing(self, parts: dict[str, object], name: str, value: object, words: str) -> None:
-        native.require().pack(**parts)
+    def test_packing(self, layout: Any, parts: dict[str, Any], name: str, value: object, words: str) -> None:
+        layout.pack(**parts)
         with pytest.raises(ValueError, match=words):
-            native.require().pack(**(parts | {name: value}))
+            layout.pack(**(parts | {name: value}))
 
-    def test_multiplying(self, parts: dict[str, object]) -> None:
-        native.require().pack(**parts)
-        layout, weight = parts["layout"], parts["out"]
+    def test_multiplying(self, layout: Any, parts: dict[str, Any]) -> None:
+        layout.pack(**parts)
+        weight = parts["out"]
         x = torch.zeros(2, 128)
-        multiply = native.require().multiply
-        multiply(layout, weight, x, None, 1)
-        aligned = torch.zeros(weight.numel() + 64, dtype=torch.uint8)  # type: ignore[attr-defined]
+        layout.multiply(weight, x, None, 1)
+        aligned = torch.zeros(weight.numel() + 64, dtype=torch.uint8)
         for arguments, words in (
             ((weight, x.double()), "x has the wrong dtype"),
             ((weight, torch.zeros(2, 64)), r"x must have shape \(\.\.\., 128\)"),
             ((weight, torch.zeros(64)), "x must have shape"),
             ((weight, torch.tensor(1.0)), "x must have shape"),
             ((weight, torch.zeros(2, 256)[:, ::2]), "x is not contiguous"),
-            ((aligned[1 : weight.numel() + 1], x), "weight is not aligned"),  # type: ignore[attr-defined]
-            ((weight[:-1], x), "weight has"),  # type: ignore[index]
+            ((aligned[1 : weight.numel() + 1], x), "weight is not aligned"),
+            ((weight[:-1], x), "weight has"),
         ):
             with pytest.raises(ValueError, match=words):
-                multiply(layout, *arguments, None, 1)
+                layout.multiply(*arguments, None, 1)
         with pytest.raises(ValueError, match="bias has the wrong dtype"):
-            multiply(layout, weight, x, torch.zeros(32).double(), 1)
+            layout.multiply(weight, x, torch.zeros(32).double(), 1)
         for not_here in ([[0.0]], x.numpy(), x.to("meta")):
             with pytest.raises(TypeError):
-                multiply(layout, weight, not_here, None, 1)
+                layout.multiply(weight, not_here, None, 1)
 
     @pytest.mark.parametrize(
         ("arguments", "words"),

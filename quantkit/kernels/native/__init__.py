@@ -141,7 +141,6 @@ def pack(weights: Sequence[QuantizedTensor], arena: Arena | None = None) -> Pack
     Raises:
         BackendError: there is no extension, or it cannot take the matrices.
     """
-    native = require()
     if not weights or not fusable(weights):
         raise BackendError("the native backend cannot take these matrices: see `fusable`")
     scheme, cols = weights[0].scheme, weights[0].shape[1]
@@ -151,8 +150,7 @@ def pack(weights: Sequence[QuantizedTensor], arena: Arena | None = None) -> Pack
     start = 0
     for weight, layout in zip(weights, layouts, strict=True):
         offset = weight.nested_offset
-        native.pack(
-            layout,
+        layout.pack(
             codes=weight.codes,
             scales=weight.scales,
             zeros=weight.zeros,
@@ -285,7 +283,7 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
         x = x.contiguous()
     if bias is not None:
         bias = bias.float()
-    y: torch.Tensor = require().multiply(layout, weight, x, bias, get_num_threads())
+    y: torch.Tensor = layout.multiply(weight, x, bias, get_num_threads())
     return y
 
 

@@ -129,12 +129,10 @@ void bind_linear(nb::module_& module) {
              nb::arg("kind"), nb::arg("rows"), nb::arg("cols"), nb::arg("group"), nb::arg("scale"), nb::arg("zeros"),
              nb::arg("map") = nb::none())
         .def_prop_ro("nbytes", [](const HeldLayout& self) { return self.layout.nbytes; })
-        .def_prop_ro("panel_bytes", [](const HeldLayout& self) { return self.layout.panel_bytes; });
-    module.def("pack", &pack_matrix, nb::arg("layout"), nb::arg("codes"), nb::arg("scales"),
-               nb::arg("zeros").none(), nb::arg("nested_scales").none(), nb::arg("nested_offset"), nb::arg("out"),
-               nb::arg("threads"));
+        .def_prop_ro("panel_bytes", [](const HeldLayout& self) { return self.layout.panel_bytes; })
+        .def("pack", &pack_matrix, nb::arg("codes"), nb::arg("scales"), nb::arg("zeros").none(),
+             nb::arg("nested_scales").none(), nb::arg("nested_offset"), nb::arg("out"), nb::arg("threads"))
+        .def("multiply", &multiply, nb::arg("weight"), nb::arg("x"), nb::arg("bias").none(), nb::arg("threads"));
     module.def("multiply_plain", &multiply_plain, nb::arg("weight"), nb::arg("x"), nb::arg("bias").none(),
-               nb::arg("threads"));
-    module.def("multiply", &multiply, nb::arg("layout"), nb::arg("weight"), nb::arg("x"), nb::arg("bias").none(),
                nb::arg("threads"));
 }
