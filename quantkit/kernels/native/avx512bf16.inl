@@ -70,7 +70,7 @@ struct Planes {
             unroll<N>(EACH(n) {
                 const __m512i high = _mm512_add_epi32(total[0][0][row][n], total[1][0][row][n]);
                 const __m512i low = _mm512_add_epi32(total[0][1][row][n], total[1][1][row][n]);
-                out[row][n][0] = _mm512_cvtepi32_ps(high) * 256.0f + _mm512_cvtepi32_ps(low);
+                out[row][n][0] = fused(_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(high), 256.0f);
             });
         });
     }

@@ -61,7 +61,7 @@ struct Bytes {
                 const auto& [high, low] = total;
                 const __m512i mixed = _mm512_add_epi32(high[1][row][n], low[0][row][n]);
                 const __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(high[0][row][n], 8), mixed);
-                out[row][n][0] = _mm512_cvtepi32_ps(upper) * 256.0f + _mm512_cvtepi32_ps(low[1][row][n]);
+                out[row][n][0] = fused(_mm512_cvtepi32_ps(low[1][row][n]), _mm512_cvtepi32_ps(upper), 256.0f);
             });
         });
     }

@@ -103,7 +103,10 @@ void direct_integer(const Product& p, int64_t first, const uint32_t* x, const fl
             I::template dot<M, N>(codes, panel_bytes, next, blocks, at, x_sums + 2 * M * chunk, dots);
             unroll<M>(EACH(row) {
                 unroll<N>(EACH(n) {
-                    unroll<PARTS>(EACH(part) { sum[row][n][part] += dots[row][n][part] * x_scales[M * chunk + row]; });
+                    unroll<PARTS>(EACH(part) {
+                        vf& into = sum[row][n][part];
+                        into = fused(into, dots[row][n][part], x_scales[M * chunk + row]);
+                    });
                 });
             });
             codes += blocks * I::BYTES;

@@ -140,7 +140,7 @@ struct Planes {
             blocks -= now;
         }
         unroll<PARTS>(EACH(part) {
-            out[0][0][part] = _mm256_cvtepi32_ps(total[0][part]) * 256.0f + _mm256_cvtepi32_ps(total[1][part]);
+            out[0][0][part] = fused(_mm256_cvtepi32_ps(total[1][part]), _mm256_cvtepi32_ps(total[0][part]), 256.0f);
         });
     }
 };
