@@ -79,12 +79,12 @@ def roofline(found: AnyBench) -> Figure:
 def _label_roof(axes: Axes, memory: float, peak: float, found: AnyBench) -> None:
     """Write what the lines are, the slanted one along itself."""
     words = found.words
-    left, right = axes.get_xlim()
-    axes.annotate(
-        f"torch's bfloat16 product: {peak:,.0f} {words.rate}", (right, peak), (-4, 4), textcoords="offset points",
+    left, ridge = axes.get_xlim()[0], peak / memory
+    axes.annotate(  # where no curve comes: above the slanted line
+        f"torch's bfloat16 product: {peak:,.0f} {words.rate}", (ridge, peak), (-4, 4), textcoords="offset points",
         ha="right", va="bottom", fontsize=8, color=INK,
     )  # fmt: skip
-    x = left * (peak / memory / left) ** 0.45
+    x = left * (ridge / left) ** 0.45
     start, end = (axes.transData.transform((at, at * memory)) for at in (x, 1.1 * x))
     slope = math.degrees(math.atan2(end[1] - start[1], end[0] - start[0]))
     axes.annotate(
