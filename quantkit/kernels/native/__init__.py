@@ -19,6 +19,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+# what every product looks up: torch's own dictionaries are in no cache between two of them
 from torch import Tensor, get_num_threads, is_inference_mode_enabled
 from torch._C import _len_torch_dispatch_stack
 from torch.compiler import is_dynamo_compiling
