@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import mmap
 import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,8 @@ _TORCH_NAMES = {
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # the format's own limit
 _ALIGNMENT = 8
+_WAITING_BYTES = 128 << 20  # that may wait to be written
+_SYNCED_BYTES = 256 << 20  # that are written before they are sent to the disk: the end need not wait for all
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,8 @@ class ShardWriter:
     """Writes one safetensors file tensor by tensor; `close` fills the header in.
 
     The header's room is reserved from the number of tensors expected. Tensors whose size would
-    leave the next one misaligned wait in memory until the end; they are tiny.
+    leave the next one misaligned wait in memory until the end; they are tiny. A thread writes while
+    the caller makes the next tensor ready: what was handed over must stay as it is.
     """
 
     def __init__(self, path: Path, expected_names: list[str]) -> None:
@@ -167,6 +172,9 @@ class ShardWriter:
         self._file.seek(8 + self._header_bytes)
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._late: list[tuple[str, torch.Tensor]] = []
+        self._thread = ThreadPoolExecutor(1)
+        self._under_way: deque[tuple[int, Future[None]]] = deque()
+        self._unsynced = 0
         self.data_bytes = 0
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -189,21 +197,40 @@ class ShardWriter:
             "data_offsets": [begin, self.data_bytes],
         }
         if tensor.nbytes:
-            self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+            self._under_way.append((tensor.nbytes, self._thread.submit(self._put, data)))
+            self._wait(_WAITING_BYTES)
+
+    def _put(self, data: memoryview) -> None:
+        self._file.write(data)
+        self._unsynced += data.nbytes
+        if self._unsynced >= _SYNCED_BYTES:
+            self._sync()
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._unsynced = 0
+
+    def _wait(self, left: int) -> None:
+        """Wait until at most `left` bytes are under way; raise what writing them raised."""
+        while sum(nbytes for nbytes, _ in self._under_way) > left:
+            self._under_way.popleft()[1].result()
 
     def close(self) -> None:
         """Write what waited and the header, and flush to the disk."""
         for name, tensor in sorted(self._late, key=lambda item: -item[1].dtype.itemsize):
             self._append(name, tensor)
+        self._wait(0)
         raw = json.dumps(self._header, separators=(",", ":")).encode()
         if len(raw) > self._header_bytes:
             raise AssertionError("more tensors were written than the header has room for")
         self._file.seek(0)
         self._file.write(self._header_bytes.to_bytes(8, "little") + raw.ljust(self._header_bytes))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._sync()
         self._file.close()
 
     def abandon(self) -> None:
         """Close the file without completing it."""
+        self._thread.shutdown(cancel_futures=True)
         self._file.close()

@@ -111,15 +111,15 @@ def test_force_keeps_the_old_where_the_new_fails(
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the fifth tensor that is written find the disk full."""
-    original, written = ShardWriter._append, []
+    original, written = ShardWriter._put, []
 
-    def append(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
-        written.append(name)
+    def put(self: ShardWriter, data: memoryview) -> None:
+        written.append(data.nbytes)
         if len(written) == 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(self, name, tensor)
+        original(self, data)
 
-    monkeypatch.setattr(ShardWriter, "_append", append)
+    monkeypatch.setattr(ShardWriter, "_put", put)
 
 
 def test_a_full_disk_leaves_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
