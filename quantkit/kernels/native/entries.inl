@@ -37,7 +37,7 @@ Squares squares(const Quantization& q) {
         const int64_t first = piece * pieces.size, stop = pieces.stop(piece);
         auto* values = static_cast<float*>(scratch<2>((pieces.size + LANES) * sizeof(float)));
         auto* codes = static_cast<uint8_t*>(scratch<3>(pieces.size + LANES));
-        auto* restored = static_cast<float*>(scratch<5>(pieces.size * sizeof(float)));
+        auto* restored = static_cast<float*>(scratch<5>((pieces.size + LANES) * sizeof(float)));
         widen(q.values, q.type, first, stop - first, values);
         restore(q, first, stop, codes, restored);
         parts[piece] = sum_squares(values, restored, stop - first);

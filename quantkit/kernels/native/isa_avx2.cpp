@@ -37,6 +37,20 @@ inline vf load_bf16(const uint16_t* at) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
+inline vf load_f16(const uint16_t* at) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+}
+
+inline vu load_bytes(const uint8_t* at) {
+    return reinterpret_cast<vu>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))));
+}
+
+inline void store_bytes(vu values, uint8_t* at) {
+    const auto whole = reinterpret_cast<__m256i>(values);
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(at), _mm_packus_epi16(halves, halves));
+}
+
 #include "product.inl"
 
 // Loads into a register: as an operand of every shift, the same bytes would be loaded again and again.

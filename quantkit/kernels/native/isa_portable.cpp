@@ -29,13 +29,15 @@ inline vf look_up(const float* table, int64_t, vu index) {
 
 inline float horizontal(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
-inline vf load_bf16(const uint16_t* at) {
-    vf out;
-    for (int lane = 0; lane < LANES; ++lane) {
-        const uint32_t bits = static_cast<uint32_t>(at[lane]) << 16;
-        out[lane] = __builtin_bit_cast(float, bits);
-    }
-    return out;
+constexpr float from_bf16(uint16_t bits);
+inline float from_f16(uint16_t half);
+
+inline vf load_bf16(const uint16_t* at) { return vf{from_bf16(at[0]), from_bf16(at[1]), from_bf16(at[2]), from_bf16(at[3])}; }
+inline vf load_f16(const uint16_t* at) { return vf{from_f16(at[0]), from_f16(at[1]), from_f16(at[2]), from_f16(at[3])}; }
+inline vu load_bytes(const uint8_t* at) { return vu{at[0], at[1], at[2], at[3]}; }
+
+inline void store_bytes(vu values, uint8_t* at) {
+    for (int lane = 0; lane < LANES; ++lane) at[lane] = static_cast<uint8_t>(values[lane]);
 }
 
 #include "product.inl"

@@ -3,6 +3,7 @@
 // The including file opens a namespace and defines, before it includes this:
 //     vf, vu           vectors of LANES floats and uint32_t, with + and *
 //     look_up(table, size, vu) -> vf: entries of a table of floats
+//     load_bf16, load_f16, load_bytes, store_bytes: LANES numbers in memory, bytes as whole numbers
 //     ROWS_DIRECT      up to so many rows of x, codes are decoded in registers; of 4 bits, up to ROWS_DIRECT_4_BITS;
 //                      of bfloat16, up to ROWS_DIRECT_BF16
 //     ROWS_TILE        beyond that, strips of STRIP_PANELS panels are decoded once and meet blocks of so many rows
@@ -98,12 +99,7 @@ inline float element(const Product& p, int64_t row, int64_t column) {
 // The values of the codes of COUNT groups' nested scales.
 template <int COUNT>
 void look_up_codes(const Map& map, const uint8_t* codes, vf* out) {
-    typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-    for (int part = 0; part < COUNT * PARTS; ++part) {
-        Bytes bytes;
-        std::memcpy(&bytes, codes + part * LANES, LANES);
-        out[part] = look_up(map.values, 256, __builtin_convertvector(bytes, vu));
-    }
+    for (int part = 0; part < COUNT * PARTS; ++part) out[part] = look_up(map.values, 256, load_bytes(codes + part * LANES));
 }
 
 // From those values to the scales themselves: times the panel's own scales, plus its offset.
@@ -128,18 +124,11 @@ QUANTKIT_INLINE void unfold(const Layout& l, const uint8_t* panel, int64_t group
     }
 }
 
-// Scales that are rarer: float16, and NF4's nested ones.
-__attribute__((noinline)) inline void unfold_scales(const Product& p, const uint8_t* panel, int64_t group, vf* out) {
-    const Layout& l = *p.layout;
-    const uint8_t* at = panel + l.scales_at + group * PANEL * l.scale_bytes;
-    if (l.scale == Type::f16) {
-        alignas(64) float values[PANEL];
-        for (int lane = 0; lane < PANEL; ++lane) values[lane] = from_f16(reinterpret_cast<const uint16_t*>(at)[lane]);
-        std::memcpy(out, values, sizeof values);
-        return;
-    }
-    look_up_codes<1>(*l.map, at, out);
-    unfold<1>(l, panel, group, out);
+// Nested scales of COUNT groups: as many codes cost hardly more than a few.
+template <int COUNT>
+__attribute__((noinline)) void unfold_together(const Layout& l, const uint8_t* panel, int64_t group, vf* out) {
+    look_up_codes<COUNT>(*l.map, panel + l.scales_at + group * PANEL, out);
+    unfold<COUNT>(l, panel, group, out);
 }
 
 // Scales of a group, divided by the engine's factor.
@@ -149,19 +138,14 @@ QUANTKIT_INLINE void load_scales(const Product& p, const uint8_t* panel, int64_t
     const uint8_t* at = panel + l.scales_at + group * PANEL * l.scale_bytes;
     if (l.scale == Type::bf16) {
         unroll<PARTS>(EACH(part) { out[part] = load_bf16(reinterpret_cast<const uint16_t*>(at) + part * LANES); });
+    } else if (l.scale == Type::nested) {
+        unfold_together<1>(l, panel, group, out);
     } else if (l.scale == Type::f32) {
         unroll<PARTS>(EACH(part) { out[part] = load(reinterpret_cast<const float*>(at) + part * LANES); });
     } else {
-        unfold_scales(p, panel, group, out);
+        unroll<PARTS>(EACH(part) { out[part] = load_f16(reinterpret_cast<const uint16_t*>(at) + part * LANES); });
     }
     if constexpr (E::FACTOR != 1) unroll<PARTS>(EACH(part) { out[part] = out[part] * (1 / E::FACTOR); });
-}
-
-// Nested scales of TOGETHER groups: as many codes cost hardly more than a few.
-template <int COUNT>
-__attribute__((noinline)) void unfold_together(const Layout& l, const uint8_t* panel, int64_t group, vf* out) {
-    look_up_codes<COUNT>(*l.map, panel + l.scales_at + group * PANEL, out);
-    unfold<COUNT>(l, panel, group, out);
 }
 
 // A panel's scales, group after group.

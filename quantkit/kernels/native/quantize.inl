@@ -1,15 +1,35 @@
 // Quantizing: values to codes and scales, as `quantize/integer.py` and `quantize/nf4.py` define them.
 
 constexpr int64_t CHUNK = 1 << 13;  // elements of a flattened matrix that one thread takes, at least
+constexpr int TRIED_TOGETHER = 4;   // scales of a group, so that no sum is waited for
+
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef float Four __attribute__((vector_size(16)));
+typedef double FourWide __attribute__((vector_size(32)));
 
 inline vf least(vf a, vf b) { return a < b ? a : b; }
 inline vf most(vf a, vf b) { return a > b ? a : b; }
 
+inline vf whole(vu values) { return __builtin_convertvector(reinterpret_cast<vi>(values), vf); }
+
+// What `f` makes of all lanes, in whatever order.
+template <int STEP = LANES / 2, class F>
+QUANTKIT_INLINE float fold(vf x, F&& f) {
+    if constexpr (STEP == 0) {
+        return x[0];
+    } else {
+        vu other;
+        unroll<LANES>(EACH(lane) { other[static_cast<int>(lane)] = lane ^ STEP; });
+        return fold<STEP / 2>(f(x, static_cast<vf>(__builtin_shuffle(x, other))), f);
+    }
+}
+
+constexpr float SHIFTER = 12582912.0f;  // 1.5 * 2**23: what is added to it is rounded to an integer
+
 // To the nearest integer, ties to even, below 2**22; what is beyond stays beyond.
 template <class T>
 inline T nearest(T value) {
-    constexpr float shifter = 12582912.0f;  // 1.5 * 2**23
-    return (value + shifter) - shifter;
+    return (value + SHIFTER) - SHIFTER;
 }
 
 // Elements from `first` on as float32, with zeros up to a whole vector.
@@ -18,27 +38,29 @@ inline void widen(const void* values, Type type, int64_t first, int64_t count, f
         std::memcpy(out, static_cast<const float*>(values) + first, count * sizeof(float));
     } else {
         const auto* from = static_cast<const uint16_t*>(values) + first;
-        if (type == Type::bf16)
-            for (int64_t at = 0; at < count; ++at) out[at] = from_bf16(from[at]);
-        else
-            for (int64_t at = 0; at < count; ++at) out[at] = from_f16(from[at]);
+        int64_t at = 0;
+        for (; at + LANES <= count; at += LANES) {
+            const vf wide = type == Type::bf16 ? load_bf16(from + at) : load_f16(from + at);
+            std::memcpy(out + at, &wide, sizeof wide);
+        }
+        for (; at < count; ++at) out[at] = type == Type::bf16 ? from_bf16(from[at]) : from_f16(from[at]);
     }
     for (int64_t at = count; at % LANES != 0; ++at) out[at] = 0;
 }
 
-// A scale as it is stored: at least the type's smallest normal number.
-inline float storable(float scale, Type type) {
+// Scales as they are stored: at least the type's smallest normal number.
+inline vf storable(vf scale, Type type) {
     const float smallest = type == Type::f16 ? 0x1p-14f : 0x1p-126f;
     const float largest = type == Type::f16 ? 65504.0f : type == Type::bf16 ? 0x1.fep127f : 0x1.fffffep127f;
-    scale = scale < smallest ? smallest : scale > largest ? largest : scale;
-    if (type == Type::bf16) return from_bf16(to_bf16(scale));
-    if (type == Type::f16) {  // 10 bits of the fraction
-        uint32_t bits = __builtin_bit_cast(uint32_t, scale);
-        bits = (bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu;
-        return __builtin_bit_cast(float, bits);
-    }
-    return scale;
+    scale = least(most(scale, splat(smallest)), splat(largest));
+    if (type == Type::f32) return scale;
+    const int dropped = type == Type::bf16 ? 16 : 13;  // bits of the fraction
+    const uint32_t rest = (1u << dropped) - 1;
+    const vu bits = reinterpret_cast<vu>(scale);
+    return reinterpret_cast<vf>((bits + (rest >> 1) + (bits >> dropped & 1)) & ~rest);
 }
+
+inline float storable(float scale, Type type) { return storable(splat(scale), type)[0]; }
 
 // Stores what `storable` returned.
 inline void store_scale(float scale, Type type, void* scales, int64_t at) {
@@ -64,29 +86,55 @@ inline Range range(const float* values, int64_t count) {
         const vf here = load(values + at);
         low = least(low, here), high = most(high, here);
     }
-    Range found{0, 0};
-    for (int lane = 0; lane < LANES; ++lane) {
-        found.low = low[lane] < found.low ? low[lane] : found.low;
-        found.high = high[lane] > found.high ? high[lane] : found.high;
-    }
-    return found;
+    return {fold(low, least), fold(high, most)};
 }
 
 inline float absmax(const float* values, int64_t count) {
-    const Range found = range(values, count);
-    return found.high >= -found.low ? found.high : -found.low;  // +0 of zeros
+    vf largest{};
+    for (int64_t at = 0; at < count; at += LANES)
+        largest = most(largest, reinterpret_cast<vf>(reinterpret_cast<vu>(load(values + at)) & 0x7fffffffu));
+    return fold(largest, most);
 }
 
-// The squared error in units of the scale, of codes `low` to `high`.
-inline float lost(const float* values, int64_t count, float scale, float low, float high) {
-    const vf lowest = splat(low), highest = splat(high), unit = splat(scale);
-    vf sum{};
+// The squared errors, in units of the scale, of a few scales and of codes `low` to `high`. They only tell scales
+// apart: reciprocals will do.
+__attribute__((noinline)) inline void lost(const float* values, int64_t count, const float* inverses, float low, float high, vf* sums) {
+    const vf lowest = splat(SHIFTER + low), highest = splat(SHIFTER + high), shifter = splat(SHIFTER);
+    vf inverse[TRIED_TOGETHER], sum[TRIED_TOGETHER] = {};
+    unroll<TRIED_TOGETHER>(EACH(index) { inverse[index] = splat(inverses[index]); });
     for (int64_t at = 0; at < count; at += LANES) {
-        const vf exact = load(values + at) / unit;
-        const vf distance = least(most(nearest(exact), lowest), highest) - exact;
-        sum += distance * distance;
+        const vf value = load(values + at);
+        unroll<TRIED_TOGETHER>(EACH(index) {
+            const vf code = least(most(fused(shifter, value, inverse[index]), lowest), highest) - shifter;
+            const vf distance = fused(code, value, -inverse[index]);
+            sum[index] = fused(sum[index], distance, distance);
+        });
     }
-    return horizontal(sum);
+    unroll<TRIED_TOGETHER>(EACH(index) { sums[index] = sum[index]; });
+}
+
+// The best scale that int4 finds for a group: of those it tries, the first that loses least.
+inline float search(const Quantization& q, const float* values, int64_t count, float base, float low, float high) {
+    const float unit = storable(base, q.scale_type);
+    float best = unit, least_lost = __builtin_inff();
+    for (int first = 0; first < q.tried; first += LANES) {
+        const int tried = q.tried - first < LANES ? q.tried - first : LANES;
+        alignas(64) float scales[LANES], inverses[LANES], errors[LANES];
+        for (int index = 0; index < LANES; ++index) scales[index] = q.factors[first + (index < tried ? index : 0)];
+        const vf scale = storable(load(scales) * base, q.scale_type), ratio = scale / unit, inverse = 1 / scale;
+        std::memcpy(scales, &scale, sizeof scale);
+        std::memcpy(inverses, &inverse, sizeof inverse);
+        vf sums[LANES];
+        for (int index = 0; index < LANES; index += TRIED_TOGETHER) {
+            if (index < tried) lost(values, count, inverses + index, low, high, sums + index);
+            else unroll<TRIED_TOGETHER>(EACH(next) { sums[index + next] = vf{}; });
+        }
+        const vf error = horizontals(sums) * (ratio * ratio);
+        std::memcpy(errors, &error, sizeof error);
+        for (int index = 0; index < tried; ++index)
+            if (errors[index] < least_lost) least_lost = errors[index], best = scales[index];
+    }
+    return best;
 }
 
 // Codes of one group, `zero` being that of 0, `low` to `high` about it.
@@ -94,7 +142,26 @@ inline void encode(const float* values, int64_t count, float scale, float low, f
     const vf lowest = splat(low), highest = splat(high), unit = splat(scale), shift = splat(zero);
     for (int64_t at = 0; at < count; at += LANES) {
         const vf code = least(most(nearest(load(values + at) / unit), lowest), highest) + shift;
-        for (int lane = 0; lane < LANES; ++lane) out[at + lane] = static_cast<uint8_t>(static_cast<int>(code[lane]));
+        store_bytes(reinterpret_cast<vu>(__builtin_convertvector(code, vi)), out + at);
+    }
+}
+
+// Two codes to a byte and back, the even element's in the low nibble or, `HIGH_FIRST`, in the high one.
+template <bool HIGH_FIRST>
+inline void pack_codes(const uint8_t* codes, int64_t bytes, uint8_t* __restrict out) {
+    for (int64_t at = 0; at < bytes; ++at) {
+        uint16_t pair;
+        std::memcpy(&pair, codes + 2 * at, sizeof pair);
+        out[at] = static_cast<uint8_t>(HIGH_FIRST ? pair << 4 | pair >> 8 : pair | pair >> 4);
+    }
+}
+
+template <bool HIGH_FIRST>
+inline void unpack_codes(const uint8_t* bytes, int64_t count, uint8_t* __restrict codes) {
+    for (int64_t at = 0; at < count; ++at) {
+        const unsigned low = bytes[at] & 0xf, high = bytes[at] >> 4;
+        const auto pair = static_cast<uint16_t>(HIGH_FIRST ? high | low << 8 : low | high << 8);
+        std::memcpy(codes + 2 * at, &pair, sizeof pair);
     }
 }
 
@@ -116,15 +183,9 @@ inline void quantize_group(const Quantization& q, const float* values, int64_t c
         zero = zero > 15 ? 15 : zero;
         q.zeros[group] = static_cast<uint8_t>(zero);
     }
-    const float low = -zero, high = 15 - zero, unit = storable(base, q.scale_type);
-    float best = unit, least_lost = __builtin_inff();
-    for (int index = 0; index < q.tried; ++index) {
-        const float scale = storable(base * q.factors[index], q.scale_type), ratio = scale / unit;
-        const float error = lost(values, count, scale, low, high) * (ratio * ratio);
-        if (error < least_lost) least_lost = error, best = scale;
-    }
+    const float best = search(q, values, count, base, -zero, 15 - zero);
     store_scale(best, q.scale_type, q.scales, group);
-    encode(values, count, best, low, high, zero, out);
+    encode(values, count, best, -zero, 15 - zero, zero, out);
 }
 
 inline void quantize_row(const Quantization& q, int64_t row, float* values, uint8_t* codes) {
@@ -138,13 +199,34 @@ inline void quantize_row(const Quantization& q, int64_t row, float* values, uint
         std::memcpy(q.codes + row * q.cols, codes, q.cols);
         return;
     }
-    uint8_t* out = q.codes + row * ((q.cols + 1) / 2);
+    const int64_t bytes = (q.cols + 1) / 2;
     if (q.cols % 2 != 0) codes[q.cols] = 0;
-    for (int64_t at = 0; at < (q.cols + 1) / 2; ++at)
-        out[at] = static_cast<uint8_t>(codes[2 * at] | codes[2 * at + 1] << 4);
+    pack_codes<false>(codes, bytes, q.codes + row * bytes);
 }
 
-// Counts the codebook's midpoints below each value. A whole block multiplies by its reciprocal, a short last one
+struct Midpoints {
+    float values[15] = {};
+    constexpr Midpoints() {
+        for (int code = 0; code < 15; ++code) values[code] = (NF4_CODEBOOK[code] + NF4_CODEBOOK[code + 1]) / 2;
+    }
+};
+constexpr Midpoints MIDPOINTS;
+
+// How many midpoints of the codebook are below each value.
+inline vu nf4_codes(vf values) {
+    vu code{};
+    if constexpr (LANES == 16) {  // one permutation looks all lanes up: bit by bit
+        unroll<4>(EACH(index) {
+            constexpr uint32_t bit = 8 >> index;
+            code += values > look_up(MIDPOINTS.values, 15, code + (bit - 1)) ? vu{} + bit : vu{};
+        });
+    } else {
+        unroll<15>(EACH(index) { code += values > splat(MIDPOINTS.values[index]) ? vu{} + 1 : vu{}; });
+    }
+    return code;
+}
+
+// A whole block multiplies by its reciprocal, a short last one
 // divides and stores its divisor: bitsandbytes does, and a bit of a code may hang on it.
 inline void quantize_block(const Quantization& q, float* values, int64_t count, int64_t block, uint8_t* out) {
     constexpr float smallest = 1e-38f;
@@ -153,12 +235,7 @@ inline void quantize_block(const Quantization& q, float* values, int64_t count, 
     const vf inverse = splat(1.0f / divisor), divide = splat(divisor);
     for (int64_t at = 0; at < count; at += LANES) {
         const vf scaled = count == q.group ? load(values + at) * inverse : load(values + at) / divide;
-        vf code{};
-        unroll<15>(EACH(index) {
-            constexpr float midpoint = (NF4_CODEBOOK[index] + NF4_CODEBOOK[index + 1]) / 2;
-            code += scaled > splat(midpoint) ? splat(1) : splat(0);
-        });
-        for (int lane = 0; lane < LANES; ++lane) out[at + lane] = static_cast<uint8_t>(static_cast<int>(code[lane]));
+        store_bytes(nf4_codes(scaled), out + at);
     }
 }
 
@@ -170,9 +247,7 @@ inline void quantize_blocks(const Quantization& q, int64_t first, int64_t stop, 
         quantize_block(q, values, count, at / q.group, codes + (at - first));
     }
     if (stop % 2 != 0) codes[stop - first] = NF4_ZERO_CODE;
-    uint8_t* out = q.codes + first / 2;
-    for (int64_t at = 0; at < (stop - first + 1) / 2; ++at)
-        out[at] = static_cast<uint8_t>(codes[2 * at] << 4 | codes[2 * at + 1]);
+    pack_codes<true>(codes, (stop - first + 1) / 2, q.codes + first / 2);
 }
 
 // Pieces that threads take: rows, or even numbers of NF4's blocks.
@@ -186,46 +261,50 @@ struct Pieces {
     int64_t stop(int64_t piece) const { return (piece + 1) * size < elements ? (piece + 1) * size : elements; }
 };
 
-// Restores one piece of the matrix; `codes` has room for one more.
+// Restores one piece of the matrix; `codes` and `out` have room for whole vectors.
 inline void restore(const Quantization& q, int64_t first, int64_t stop, uint8_t* codes, float* out) {
-    const bool nf4 = q.kind == Kind::nf4;
-    const int64_t count = stop - first, row = nf4 ? 0 : first / q.cols, groups = (q.cols + q.group - 1) / q.group;
-    if (q.kind == Kind::int8) {
-        std::memcpy(codes, q.codes + first, count);
-    } else {
-        const uint8_t* bytes = q.codes + (nf4 ? first / 2 : row * ((q.cols + 1) / 2));
-        const int even = nf4 ? 4 : 0;
-        for (int64_t at = 0; at < (count + 1) / 2; ++at) {
-            codes[2 * at] = bytes[at] >> even & 0xf;
-            codes[2 * at + 1] = bytes[at] >> (4 - even) & 0xf;
-        }
-    }
+    const int64_t count = stop - first, row = first / q.cols, groups = (q.cols + q.group - 1) / q.group;
+    if (q.kind == Kind::int8) std::memcpy(codes, q.codes + first, count);
+    else if (q.kind == Kind::int4) unpack_codes<false>(q.codes + row * ((q.cols + 1) / 2), (count + 1) / 2, codes);
+    else unpack_codes<true>(q.codes + first / 2, (count + 1) / 2, codes);
     for (int64_t begin = 0; begin < count; begin += q.group) {
         const int64_t end = count - begin < q.group ? count : begin + q.group;
-        const int64_t group = nf4 ? (first + begin) / q.group : row * groups + begin / q.group;
-        const float scale = load_scale(q.scale_type, q.scales, group);
-        if (nf4) {
-            for (int64_t at = begin; at < end; ++at) out[at] = NF4_CODEBOOK[codes[at]] * scale;
-        } else {
-            const int zero = q.kind == Kind::int8 ? 128 : q.zeros == nullptr ? 8 : q.zeros[group];
-            for (int64_t at = begin; at < end; ++at) out[at] = static_cast<float>(codes[at] - zero) * scale;
+        const int64_t group = q.kind == Kind::nf4 ? (first + begin) / q.group : row * groups + begin / q.group;
+        const vf scale = splat(load_scale(q.scale_type, q.scales, group));
+        const vf zero = splat(q.kind == Kind::int8 ? 128 : q.zeros == nullptr ? 8 : q.zeros[group]);
+        for (int64_t at = begin; at < end; at += LANES) {
+            const vu code = load_bytes(codes + at);
+            const vf value = q.kind == Kind::nf4 ? look_up(NF4_CODEBOOK, 16, code & 0xf)
+                                                 : whole(code) - zero;
+            const vf restored = value * scale;
+            std::memcpy(out + at, &restored, sizeof restored);
         }
     }
 }
 
 inline Squares sum_squares(const float* values, const float* restored, int64_t count) {
-    constexpr int64_t SUMS = 8;  // so that no addition waits for the one before it
-    double signal[SUMS] = {}, noise[SUMS] = {};
-    const auto add = [&](int64_t at, int64_t sum) {
-        const double value = values[at], error = value - static_cast<double>(restored[at]);
-        signal[sum] += value * value;
-        noise[sum] += error * error;
+    constexpr int SUMS = LANES / 4;  // so that no addition waits for the one before it
+    FourWide signal[SUMS] = {}, noise[SUMS] = {};
+    const auto load_wide = [](const float* at, FourWide& out) {
+        Four narrow;
+        std::memcpy(&narrow, at, sizeof narrow);
+        out = __builtin_convertvector(narrow, FourWide);
     };
     int64_t at = 0;
-    for (; at + SUMS <= count; at += SUMS)
-        for (int64_t sum = 0; sum < SUMS; ++sum) add(at + sum, sum);
-    for (; at < count; ++at) add(at, 0);
+    for (; at + LANES <= count; at += LANES)
+        unroll<SUMS>(EACH(sum) {
+            FourWide value, found;
+            load_wide(values + at + 4 * sum, value), load_wide(restored + at + 4 * sum, found);
+            signal[sum] += value * value;
+            noise[sum] += (value - found) * (value - found);
+        });
     Squares total{0, 0};
-    for (int64_t sum = 0; sum < SUMS; ++sum) total.signal += signal[sum], total.noise += noise[sum];
+    for (; at < count; ++at) {
+        const double value = values[at], error = value - static_cast<double>(restored[at]);
+        total.signal += value * value;
+        total.noise += error * error;
+    }
+    for (int sum = 0; sum < SUMS; ++sum)
+        for (int lane = 0; lane < 4; ++lane) total.signal += signal[sum][lane], total.noise += noise[sum][lane];
     return total;
 }
