@@ -16,6 +16,7 @@ constexpr int LANES = 8;
 constexpr int TOGETHER = 1;
 typedef __m256 vf;
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef __m256d vd;
 constexpr int ROWS_DIRECT = 3, ROWS_DIRECT_4_BITS = 3, ROWS_TILE = 6, STRIP_PANELS = 1;
 constexpr int ROWS_DIRECT_BF16 = ROWS_DIRECT;
 
@@ -40,6 +41,8 @@ inline vf load_bf16(const uint16_t* at) {
 inline vf load_f16(const uint16_t* at) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
 }
+
+inline vd load_double(const float* at) { return _mm256_cvtps_pd(_mm_loadu_ps(at)); }
 
 inline vu load_bytes(const uint8_t* at) {
     return reinterpret_cast<vu>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))));

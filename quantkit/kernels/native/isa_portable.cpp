@@ -15,6 +15,7 @@ constexpr int LANES = 4;
 constexpr int TOGETHER = 1;
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef double vd __attribute__((vector_size(4 * LANES)));
 constexpr int ROWS_DIRECT = 2, ROWS_DIRECT_4_BITS = 2, ROWS_TILE = 2, STRIP_PANELS = 1;
 constexpr int ROWS_DIRECT_BF16 = ROWS_DIRECT;
 
@@ -34,6 +35,7 @@ inline float from_f16(uint16_t half);
 
 inline vf load_bf16(const uint16_t* at) { return vf{from_bf16(at[0]), from_bf16(at[1]), from_bf16(at[2]), from_bf16(at[3])}; }
 inline vf load_f16(const uint16_t* at) { return vf{from_f16(at[0]), from_f16(at[1]), from_f16(at[2]), from_f16(at[3])}; }
+inline vd load_double(const float* at) { return vd{at[0], at[1]}; }
 inline vu load_bytes(const uint8_t* at) { return vu{at[0], at[1], at[2], at[3]}; }
 
 inline void store_bytes(vu values, uint8_t* at) {

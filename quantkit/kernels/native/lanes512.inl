@@ -3,6 +3,7 @@
 constexpr int LANES = 16;
 typedef __m512 vf;
 typedef uint32_t vu __attribute__((vector_size(64)));
+typedef __m512d vd;
 
 template <Kind K>
 QUANTKIT_INLINE void decode_f32(const uint8_t* codes, vf (*out)[PANEL / LANES]);
@@ -105,6 +106,8 @@ inline vf load_bf16(const uint16_t* at) {
 inline vf load_f16(const uint16_t* at) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
 }
+
+inline vd load_double(const float* at) { return _mm512_cvtps_pd(_mm256_loadu_ps(at)); }
 
 inline vu load_bytes(const uint8_t* at) {
     return reinterpret_cast<vu>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))));

@@ -1,9 +1,9 @@
 // Fused dequantize and multiply, written once and compiled for each instruction set.
 //
 // The including file opens a namespace and defines, before it includes this:
-//     vf, vu           vectors of LANES floats and uint32_t, with + and *
+//     vf, vu, vd       vectors of LANES floats and uint32_t, with + and *, and of half as many doubles
 //     look_up(table, size, vu) -> vf: entries of a table of floats
-//     load_bf16, load_f16, load_bytes, store_bytes: LANES numbers in memory, bytes as whole numbers
+//     load_bf16, load_f16, load_bytes, store_bytes: LANES numbers in memory; load_double: half as many floats
 //     ROWS_DIRECT      up to so many rows of x, codes are decoded in registers; of 4 bits, up to ROWS_DIRECT_4_BITS;
 //                      of bfloat16, up to ROWS_DIRECT_BF16
 //     ROWS_TILE        beyond that, strips of STRIP_PANELS panels are decoded once and meet blocks of so many rows

@@ -61,6 +61,7 @@ void quantize_matrix(const Array& values, const std::string& kind, int64_t group
     q.factors = factors.data(), q.tried = static_cast<int>(factors.size());
     const Isa level = isa();
     nb::gil_scoped_release release;
+    advise_huge_pages(q.codes, codes.size(), true);  // new memory: a fault for each small page would take as long
     QUANTKIT_CALL(level, quantize, q);
 }
 

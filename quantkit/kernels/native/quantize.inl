@@ -4,8 +4,6 @@ constexpr int64_t CHUNK = 1 << 13;  // elements of a flattened matrix that one t
 constexpr int TRIED_TOGETHER = 4;   // scales of a group, so that no sum is waited for
 
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
-typedef float Four __attribute__((vector_size(16)));
-typedef double FourWide __attribute__((vector_size(32)));
 
 inline vf least(vf a, vf b) { return a < b ? a : b; }
 inline vf most(vf a, vf b) { return a > b ? a : b; }
@@ -283,20 +281,15 @@ inline void restore(const Quantization& q, int64_t first, int64_t stop, uint8_t*
 }
 
 inline Squares sum_squares(const float* values, const float* restored, int64_t count) {
-    constexpr int SUMS = LANES / 4;  // so that no addition waits for the one before it
-    FourWide signal[SUMS] = {}, noise[SUMS] = {};
-    const auto load_wide = [](const float* at, FourWide& out) {
-        Four narrow;
-        std::memcpy(&narrow, at, sizeof narrow);
-        out = __builtin_convertvector(narrow, FourWide);
-    };
+    constexpr int SUMS = 2, WIDTH = LANES / 2;  // so that fewer additions wait for the one before them
+    vd signal[SUMS] = {}, noise[SUMS] = {};
     int64_t at = 0;
     for (; at + LANES <= count; at += LANES)
         unroll<SUMS>(EACH(sum) {
-            FourWide value, found;
-            load_wide(values + at + 4 * sum, value), load_wide(restored + at + 4 * sum, found);
+            const vd value = load_double(values + at + WIDTH * sum);
+            const vd error = value - load_double(restored + at + WIDTH * sum);
             signal[sum] += value * value;
-            noise[sum] += (value - found) * (value - found);
+            noise[sum] += error * error;
         });
     Squares total{0, 0};
     for (; at < count; ++at) {
@@ -305,6 +298,6 @@ inline Squares sum_squares(const float* values, const float* restored, int64_t c
         total.noise += error * error;
     }
     for (int sum = 0; sum < SUMS; ++sum)
-        for (int lane = 0; lane < 4; ++lane) total.signal += signal[sum][lane], total.noise += noise[sum][lane];
+        for (int lane = 0; lane < WIDTH; ++lane) total.signal += signal[sum][lane], total.noise += noise[sum][lane];
     return total;
 }
