@@ -1,7 +1,7 @@
 """Quantization by the compiled extension: what torch computes in `integer.py`, `nf4.py` and `error.py`, in one pass.
 
-int8 and NF4, double-quantized or not, give the same bits as torch. The search of int4 adds squares in another
-order: where two scales lose the same up to rounding, it may keep the other one.
+int8 and NF4, double-quantized or not, give the same bits as torch. The search of int4 multiplies by
+reciprocals and adds squares in another order: where two scales lose the same up to rounding, it may keep the other one.
 """
 
 from __future__ import annotations

@@ -33,8 +33,14 @@ inline float horizontal(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 constexpr float from_bf16(uint16_t bits);
 inline float from_f16(uint16_t half);
 
-inline vf load_bf16(const uint16_t* at) { return vf{from_bf16(at[0]), from_bf16(at[1]), from_bf16(at[2]), from_bf16(at[3])}; }
-inline vf load_f16(const uint16_t* at) { return vf{from_f16(at[0]), from_f16(at[1]), from_f16(at[2]), from_f16(at[3])}; }
+inline vf load_bf16(const uint16_t* at) {
+    return vf{from_bf16(at[0]), from_bf16(at[1]), from_bf16(at[2]), from_bf16(at[3])};
+}
+
+inline vf load_f16(const uint16_t* at) {
+    return vf{from_f16(at[0]), from_f16(at[1]), from_f16(at[2]), from_f16(at[3])};
+}
+
 inline vd load_double(const float* at) { return vd{at[0], at[1]}; }
 inline vu load_bytes(const uint8_t* at) { return vu{at[0], at[1], at[2], at[3]}; }
 

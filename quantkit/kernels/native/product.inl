@@ -99,7 +99,8 @@ inline float element(const Product& p, int64_t row, int64_t column) {
 // The values of the codes of COUNT groups' nested scales.
 template <int COUNT>
 void look_up_codes(const Map& map, const uint8_t* codes, vf* out) {
-    for (int part = 0; part < COUNT * PARTS; ++part) out[part] = look_up(map.values, 256, load_bytes(codes + part * LANES));
+    for (int part = 0; part < COUNT * PARTS; ++part)
+        out[part] = look_up(map.values, 256, load_bytes(codes + part * LANES));
 }
 
 // From those values to the scales themselves: times the panel's own scales, plus its offset.

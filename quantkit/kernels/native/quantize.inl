@@ -95,8 +95,9 @@ inline float absmax(const float* values, int64_t count) {
 }
 
 // The squared errors, in units of the scale, of a few scales and of codes `low` to `high`. They only tell scales
-// apart: reciprocals will do.
-__attribute__((noinline)) inline void lost(const float* values, int64_t count, const float* inverses, float low, float high, vf* sums) {
+// apart: reciprocals will do. (A function by itself, or GCC would keep sums in memory.)
+__attribute__((noinline)) inline void lost(const float* values, int64_t count, const float* inverses, float low,
+                                           float high, vf* sums) {
     const vf lowest = splat(SHIFTER + low), highest = splat(SHIFTER + high), shifter = splat(SHIFTER);
     vf inverse[TRIED_TOGETHER], sum[TRIED_TOGETHER] = {};
     unroll<TRIED_TOGETHER>(EACH(index) { inverse[index] = splat(inverses[index]); });
@@ -224,8 +225,8 @@ inline vu nf4_codes(vf values) {
     return code;
 }
 
-// A whole block multiplies by its reciprocal, a short last one
-// divides and stores its divisor: bitsandbytes does, and a bit of a code may hang on it.
+// A whole block multiplies by its reciprocal, a short last one divides and stores its divisor: bitsandbytes does, and a
+// bit of a code may hang on it.
 inline void quantize_block(const Quantization& q, float* values, int64_t count, int64_t block, uint8_t* out) {
     constexpr float smallest = 1e-38f;
     const float largest = absmax(values, count), divisor = largest < smallest ? smallest : largest;
@@ -272,8 +273,7 @@ inline void restore(const Quantization& q, int64_t first, int64_t stop, uint8_t*
         const vf zero = splat(q.kind == Kind::int8 ? 128 : q.zeros == nullptr ? 8 : q.zeros[group]);
         for (int64_t at = begin; at < end; at += LANES) {
             const vu code = load_bytes(codes + at);
-            const vf value = q.kind == Kind::nf4 ? look_up(NF4_CODEBOOK, 16, code & 0xf)
-                                                 : whole(code) - zero;
+            const vf value = q.kind == Kind::nf4 ? look_up(NF4_CODEBOOK, 16, code & 0xf) : whole(code) - zero;
             const vf restored = value * scale;
             std::memcpy(out + at, &restored, sizeof restored);
         }
