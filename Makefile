@@ -53,16 +53,20 @@ reports: $(VENV)/.runtime
 		bench-h200-early.json) -o reports/measured
 	$(BIN)/quantkit report reports/tiny-mistral/perplexity.json reports/measured/mistral-7b-h200.json --html reports/index.html
 
-$(VENV)/.runtime: pyproject.toml constraints.txt
+$(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
+	touch $@
+
+$(VENV)/.runtime: pyproject.toml $(VENV)/.torch
 	$(PIP) --editable .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.runtime
+# all of `.runtime` and more: the extension is built once
+$(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps mistral-common $(SMOLLM2)
-	touch $@
+	touch $(VENV)/.runtime $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info $(DEMO)
