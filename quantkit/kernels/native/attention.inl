@@ -44,12 +44,6 @@ void pack_values(const Attention& a, const uint16_t* values, int64_t first, int6
         }
 }
 
-inline float largest(vf x) {
-    float most = x[0];
-    for (int lane = 1; lane < LANES; ++lane) most = x[lane] > most ? x[lane] : most;
-    return most;
-}
-
 // A row of scores to powers, in units as `multiply_strip` takes them; keys before `first` and from `stop` on count for
 // nothing. Returns the factor that earlier sums have to be scaled by.
 template <class E>

@@ -10,7 +10,7 @@ typedef int32_t vi __attribute__((vector_size(sizeof(vf))));
 inline vf exponential(vf x) {
     x = x < splat(-87.0f) ? splat(-87.0f) : x;
     x = x > splat(88.0f) ? splat(88.0f) : x;
-    const vf shifter = splat(12582912.0f);  // 1.5 * 2**23: adding it rounds to an integer in the low bits
+    const vf shifter = splat(SHIFTER);
     const vf shifted = x * splat(1.44269504f) + shifter;
     const vf power = shifted - shifter;
     const vf rest = (x - power * splat(0.693359375f)) - power * splat(-2.12194440e-4f);  // ln 2 in two parts
@@ -107,8 +107,7 @@ void attend_chunk(const float* q, const uint16_t* keys, const uint16_t* values, 
             const vf here = load(scores[g] + at);
             mosts = here > mosts ? here : mosts;
         }
-        float most = mosts[0];
-        for (int lane = 1; lane < LANES; ++lane) most = mosts[lane] > most ? mosts[lane] : most;
+        const float most = largest(mosts);
         for (int64_t at = 0; at < padded; at += LANES) {
             const vf powers = exponential(load(scores[g] + at) - splat(most));
             std::memcpy(scores[g] + at, &powers, sizeof powers);

@@ -45,7 +45,7 @@ QUANTKIT_INLINE float to_integers(const uint16_t* x, int64_t count, int64_t padd
     if (most == 0 || most >= 0x7f80) count = 0;  // where one is not finite, neither is any result
     const float absmax = from_bf16(most), inverse = limit / absmax;
     for (int64_t index = 0; index < count; ++index) {
-        const float shifted = from_bf16(x[index]) * inverse + 12582912.0f;  // 1.5 * 2**23: rounds into the low bits
+        const float shifted = from_bf16(x[index]) * inverse + SHIFTER;
         values[index] = static_cast<int16_t>(__builtin_bit_cast(uint32_t, shifted));
     }
     if (count < padded) std::memset(values + count, 0, (padded - count) * sizeof *values);

@@ -91,6 +91,21 @@ inline vf load(const float* at) {
     return value;
 }
 
+constexpr float SHIFTER = 12582912.0f;  // 1.5 * 2**23: what is added to it is rounded to an integer, in the low bits
+
+// The largest of all lanes, each compared with the one STEP away.
+template <int STEP = LANES / 2>
+QUANTKIT_INLINE float largest(vf x) {
+    if constexpr (STEP == 0) {
+        return x[0];
+    } else {
+        vu other;
+        unroll<LANES>(EACH(lane) { other[static_cast<int>(lane)] = lane ^ STEP; });
+        const vf there = __builtin_shuffle(x, other);
+        return largest<STEP / 2>(x > there ? x : there);
+    }
+}
+
 inline float element(const Product& p, int64_t row, int64_t column) {
     const int64_t at = row * p.layout->cols + column;
     return p.type == Type::f32 ? static_cast<const float*>(p.x)[at] : from_bf16(static_cast<const uint16_t*>(p.x)[at]);

@@ -3,26 +3,10 @@
 constexpr int64_t CHUNK = 1 << 13;  // elements of a flattened matrix that one thread takes, at least
 constexpr int TRIED_TOGETHER = 4;   // scales of a group, so that no sum is waited for
 
-typedef int32_t vi __attribute__((vector_size(4 * LANES)));
-
 inline vf least(vf a, vf b) { return a < b ? a : b; }
 inline vf most(vf a, vf b) { return a > b ? a : b; }
 
 inline vf whole(vu values) { return __builtin_convertvector(reinterpret_cast<vi>(values), vf); }
-
-// What `f` makes of all lanes, in whatever order.
-template <int STEP = LANES / 2, class F>
-QUANTKIT_INLINE float fold(vf x, F&& f) {
-    if constexpr (STEP == 0) {
-        return x[0];
-    } else {
-        vu other;
-        unroll<LANES>(EACH(lane) { other[static_cast<int>(lane)] = lane ^ STEP; });
-        return fold<STEP / 2>(f(x, static_cast<vf>(__builtin_shuffle(x, other))), f);
-    }
-}
-
-constexpr float SHIFTER = 12582912.0f;  // 1.5 * 2**23: what is added to it is rounded to an integer
 
 // To the nearest integer, ties to even, below 2**22; what is beyond stays beyond.
 template <class T>
@@ -84,14 +68,14 @@ inline Range range(const float* values, int64_t count) {
         const vf here = load(values + at);
         low = least(low, here), high = most(high, here);
     }
-    return {fold(low, least), fold(high, most)};
+    return {-largest(-low), largest(high)};
 }
 
 inline float absmax(const float* values, int64_t count) {
-    vf largest{};
+    vf found{};
     for (int64_t at = 0; at < count; at += LANES)
-        largest = most(largest, reinterpret_cast<vf>(reinterpret_cast<vu>(load(values + at)) & 0x7fffffffu));
-    return fold(largest, most);
+        found = most(found, reinterpret_cast<vf>(reinterpret_cast<vu>(load(values + at)) & 0x7fffffffu));
+    return largest(found);
 }
 
 // The squared errors, in units of the scale, of a few scales and of codes `low` to `high`. They only tell scales
@@ -229,8 +213,8 @@ inline vu nf4_codes(vf values) {
 // bit of a code may hang on it.
 inline void quantize_block(const Quantization& q, float* values, int64_t count, int64_t block, uint8_t* out) {
     constexpr float smallest = 1e-38f;
-    const float largest = absmax(values, count), divisor = largest < smallest ? smallest : largest;
-    static_cast<float*>(q.scales)[block] = count == q.group ? largest : divisor;
+    const float greatest = absmax(values, count), divisor = greatest < smallest ? smallest : greatest;
+    static_cast<float*>(q.scales)[block] = count == q.group ? greatest : divisor;
     const vf inverse = splat(1.0f / divisor), divide = splat(divisor);
     for (int64_t at = 0; at < count; at += LANES) {
         const vf scaled = count == q.group ? load(values + at) * inverse : load(values + at) / divide;
