@@ -3,7 +3,8 @@
 // Two panels are taken together, columns in chunks. While a chunk meets all rows of x, two tiles of them at a time (a
 // block), the codes of the next chunk are decoded, and the sums of blocks before are scaled: tiles are multiplied by a
 // unit of their own, which so seldom waits. A chunk has pieces: columns that share scales. Each piece's products are
-// summed by themselves and then scaled: weights are never rounded with their scales.
+// summed by themselves and then scaled: weights are never rounded with their scales. Short pieces go in pairs, whose
+// sums meet the totals together.
 //
 // Tiles lie in pairs, step by step (64 bytes of columns each), as they are multiplied: two of x by two of weights.
 //
@@ -11,8 +12,10 @@
 //     PLANES, ROWS, COLS   of a tile of x: rows of each plane
 //     PIECE_COLS           columns that a piece has at most
 //     STEP_BYTES           from a step's weights to the next one's
+//     FETCHES              whether x is prefetched: not where codes that are multiplied as they lie compete with it
 //     multiply<R, P, FIRST>(x, weights, next panel, sums): tiles 0 to 3 += R tiles of x times P of weights
-//     add_whole(pipeline, sums, index), add(pipeline, sums, r, n): scale a tile of sums and add it to the totals
+//     add_whole<COUNT>(pipeline, sums, index), add(pipeline, sums, piece, r, n): scale a tile of sums, of all pieces or
+//                          of one, and add it to the totals
 //     facts_of(layout, rows, piece, tile): where the facts of a tile's rows begin, for one piece
 //     pack(product, first row, rows, tile): a tile of x, all its columns
 // What goes ahead (Decoder, Loader) has:
@@ -25,6 +28,7 @@ constexpr int64_t CHUNK_BYTES = CHUNK_STEPS * TILE_BYTES;  // of a panel
 constexpr int64_t CHUNK_PANELS = 2;  // the first-level cache holds two chunks, decoded, and two tiles of x
 constexpr int64_t MOST_PANELS = 16;  // that meet x together: the more, the less often x is read
 constexpr int64_t PASS_ROWS = 512;   // of x that share a pass over the weights
+constexpr int64_t FAR = 2 << 20;     // bytes of x that the second-level cache does not hold
 constexpr int64_t FEW_ROWS = 32, FEW_PANELS = 2;  // few rows: to read codes in few streams matters more,
 constexpr int64_t FEW_TURN = 32;                  // and many panels one after another
 
@@ -45,6 +49,7 @@ struct Rows {
     int64_t count, tiles, tile_rows;  // rows in all, and in a tile
     int64_t pair_bytes;               // from two tiles to the next two
     uint8_t* data;                    // (tiles / 2, steps, 2) tiles
+    bool far;                         // beyond the second-level cache
     float* facts;                     // of rows: see `pack`
 
     QUANTKIT_INLINE uint8_t* at(int64_t step, int64_t tile) const {
@@ -69,29 +74,33 @@ struct Chunk {
     int64_t panel, panels;  // the first, of those that meet x together
     const uint8_t* weights;
     int64_t next_panel;  // from a tile to the other panel's
+    int64_t paired;      // steps of each piece, where pieces go in pairs; else 0
     Piece pieces[CHUNK_STEPS];
 };
 
-// The sums of a block over one piece: of R tiles of x by P panels.
+// The sums of a block over a piece, or over two, each apart: of R tiles of x by P panels.
 struct Sums {
     int tiles = 0, panels = 0;  // of the block; none
     bool whole = false;         // two by two full tiles, and no zero points
-    const Piece* piece;
+    int pieces = 1;
+    const Piece* piece;  // the first
     int64_t tile;
-    const float* facts;  // of its first row
-    float* products;     // (2, 2, 16, 16), once they are stored
-    float* totals;       // (2, 2, 16, 16)
+    const float* facts[2];  // of its first row, by piece
+    float* products[2];     // by piece: (2, 2, 16, 16), once they are stored
+    float* held;            // the last piece's, until when tiles hold them
+    float* totals;          // (2, 2, 16, 16)
 };
 
 // Sums on their way from tiles to the totals. Those of a piece are stored when the next one begins, and scaled and
-// added while the one after it is multiplied: the later, the less is waited for. (More of them on their way would put
-// x out of the first-level cache, which costs a quarter of the speed.)
+// added while the one after it is multiplied: the later, the less is waited for. Those of a pair are added while the
+// next is multiplied. (More of them on their way would put x out of the first-level cache, which costs a quarter of the
+// speed.)
 struct Pipeline {
     const Product* p;
     const Rows* x;
     int64_t panels;     // that meet x together
     float* totals;      // (tiles / 2, panels / 2, 2, 2, 16, 16)
-    float* products;    // two of Sums::products
+    float* products;    // three of Sums::products: of pieces in turn, and of those that are second
     int64_t due, rate;  // of what goes ahead: 256ths of a unit, and how many each step adds
     int turn = 0;
     Sums ring[4];  // what is multiplied, what tiles hold, and what is stored
@@ -101,7 +110,7 @@ struct Pipeline {
     }
     QUANTKIT_INLINE Sums& before(int turns) { return ring[(turn - turns) & 3]; }
     void store(const Sums& held) const {
-        float* to = held.products;
+        float* to = held.held;
         if (held.tiles > 0) _tile_stored(0, to, 64);
         if (held.tiles > 0 && held.panels > 1) _tile_stored(1, to + TILE_SUMS, 64);
         if (held.tiles > 1) _tile_stored(2, to + 2 * TILE_SUMS, 64);
@@ -109,16 +118,37 @@ struct Pipeline {
     }
     template <class T>
     void add(const Sums& sums) const {
-        for (int r = 0; r < sums.tiles; ++r)
-            for (int n = 0; n < sums.panels; ++n) T::add(*this, sums, r, n);
+        for (int piece = 0; piece < sums.pieces; ++piece)
+            for (int r = 0; r < sums.tiles; ++r)
+                for (int n = 0; n < sums.panels; ++n) T::add(*this, sums, piece, r, n);
     }
+    // Whether two tiles of x, from one on, are full, and there are no zero points.
+    template <class T>
+    QUANTKIT_INLINE bool whole(int64_t tile) const {
+        return !p->layout->zeros && x->rows_of(tile + 1) == T::ROWS;
+    }
+    // Takes its turn with COUNT pieces.
+    template <class T, int COUNT>
+    QUANTKIT_INLINE void begin(Sums& now, const Chunk& chunk, const Piece* piece, int64_t tile) {
+        now.pieces = COUNT, now.piece = piece, now.tile = tile;
+        now.products[0] = products + turn % 2 * 4 * TILE_SUMS, now.products[1] = products + 8 * TILE_SUMS;
+        now.held = now.products[COUNT - 1], now.totals = totals_of(tile, chunk.panel);
+        unroll<COUNT>(EACH(index) { now.facts[index] = T::facts_of(*p->layout, *x, piece[index], tile); });
+        ++turn;
+    }
+    static void forget(Sums& added) { added.tiles = 0, added.whole = false; }
     template <class T>
     void finish() {
         store(before(1));
         add<T>(before(2));
         add<T>(before(1));
-        before(1).tiles = before(2).tiles = 0;
-        before(1).whole = before(2).whole = false;
+        forget(before(1)), forget(before(2));
+    }
+    template <class A>
+    QUANTKIT_INLINE void go_on(A& ahead) {
+        due += rate;
+        ahead.run(due >> 8);
+        due &= 255;
     }
 };
 
@@ -152,6 +182,7 @@ struct Pipeline {
 struct PairTiles {
     static constexpr int64_t PLANES = 1, ROWS = 16, COLS = 32;
     static constexpr int64_t PIECE_COLS = CHUNK_STEPS * COLS, STEP_BYTES = 2 * TILE_BYTES;
+    static constexpr bool FETCHES = true;
 
     template <int R, int P, bool FIRST>
     static QUANTKIT_INLINE void multiply(const uint8_t* x, const uint8_t* weights, [[maybe_unused]] int64_t next_panel,
@@ -159,30 +190,35 @@ struct PairTiles {
         MULTIPLY_TILES(_tile_dpbf16ps)
     }
 
-    static QUANTKIT_INLINE void add_row(const float* products, vf scales, float* to) {
-        const vf total = fused(load(to), load(products), scales);
-        std::memcpy(to, &total, sizeof total);
-    }
+    template <int COUNT>
     static QUANTKIT_INLINE void add_whole(const Pipeline&, const Sums& sums, int index) {
-        const vf scales = sums.piece->scales[index % 2];
-        const float* products = sums.products + index * TILE_SUMS;
+        vf scales[COUNT];
+        const float* products[COUNT];
+        unroll<COUNT>(EACH(piece) {
+            scales[piece] = sums.piece[piece].scales[index % 2];
+            products[piece] = sums.products[piece] + index * TILE_SUMS;
+        });
         float* to = sums.totals + index * TILE_SUMS;
-        unroll<TILE_ROWS>(EACH(row) { add_row(products + row * PANEL, scales, to + row * PANEL); });
+        unroll<TILE_ROWS>(EACH(row) {
+            constexpr int64_t AT = decltype(row)::value * PANEL;
+            vf total = load(to + AT);
+            unroll<COUNT>(EACH(piece) { total = fused(total, load(products[piece] + AT), scales[piece]); });
+            std::memcpy(to + AT, &total, sizeof total);
+        });
     }
-    static void add(const Pipeline& pipe, const Sums& sums, int r, int n) {
-        const Piece& piece = *sums.piece;
+    static void add(const Pipeline& pipe, const Sums& sums, int which, int r, int n) {
+        const Piece& piece = sums.piece[which];
         const vf scales = piece.scales[n], zeros = piece.zeros[n];
-        const float* products = sums.products + (2 * r + n) * TILE_SUMS;
+        const float* products = sums.products[which] + (2 * r + n) * TILE_SUMS;
         float* to = sums.totals + (2 * r + n) * TILE_SUMS;
         const Layout& l = *pipe.p->layout;
-        const float* of_windows = sums.facts + r * ROWS * l.windows;
+        const float* of_windows = sums.facts[which] + r * ROWS * l.windows;
         const int64_t rows = pipe.x->rows_of(sums.tile + r);
         for (int64_t row = 0; row < rows; ++row, products += PANEL, to += PANEL) {
-            if (l.zeros) {
-                const vf rest = fused(load(to), zeros * scales, splat(-of_windows[row * l.windows]));
-                std::memcpy(to, &rest, sizeof rest);
-            }
-            add_row(products, scales, to);
+            vf total = load(to);
+            if (l.zeros) total = fused(total, zeros * scales, splat(-of_windows[row * l.windows]));
+            total = fused(total, load(products), scales);
+            std::memcpy(to, &total, sizeof total);
         }
     }
 
@@ -216,6 +252,7 @@ struct PairTiles {
 struct ByteTiles {
     static constexpr int64_t PLANES = 2, ROWS = 8, COLS = 64;
     static constexpr int64_t PIECE_COLS = 4 * COLS, STEP_BYTES = TILE_BYTES;
+    static constexpr bool FETCHES = false;
     static constexpr float LIMIT = 32512;
     static constexpr int OFFSET = 128;
 
@@ -227,32 +264,45 @@ struct ByteTiles {
         MULTIPLY_TILES(_tile_dpbsud)
     }
 
-    // The sums of one row: of high bytes, and `low_at` behind of low ones. Its facts are `count` apart. What an integer
-    // holds in between may wrap around, the end does not: 256 columns of at most 128 by 32,512.
-    static QUANTKIT_INLINE void add_row(const float* products, int64_t low_at, const float* facts, int64_t count,
-                                        vf scales, float* to) {
+    // A total and the sums of its row: of high bytes, and `low_at` behind of low ones. Its facts are `count` apart.
+    // What an integer holds in between may wrap around, the end does not: 256 columns of at most 128 by 32,512.
+    static QUANTKIT_INLINE vf added(vf total, const float* products, int64_t low_at, const float* facts, int64_t count,
+                                    vf scales) {
         const __m512i high = _mm512_load_si512(products), low = _mm512_load_si512(products + low_at);
         const __m512i offset = _mm512_set1_epi32(__builtin_bit_cast(int, facts[0]));
         const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high, 8), _mm512_add_epi32(low, offset));
-        const vf total = fused(load(to), _mm512_cvtepi32_ps(sum) * splat(facts[count]), scales);
-        std::memcpy(to, &total, sizeof total);
+        return fused(total, _mm512_cvtepi32_ps(sum) * splat(facts[count]), scales);
     }
+    template <int COUNT>
     static QUANTKIT_INLINE void add_whole(const Pipeline& pipe, const Sums& sums, int index) {
-        const vf scales = sums.piece->scales[index % 2];
-        const float *products = sums.products + index * TILE_SUMS, *facts = sums.facts + index / 2 * ROWS;
-        const int64_t count = pipe.x->count;
+        vf scales[COUNT];
+        const float *products[COUNT], *facts[COUNT];
+        unroll<COUNT>(EACH(piece) {
+            scales[piece] = sums.piece[piece].scales[index % 2];
+            products[piece] = sums.products[piece] + index * TILE_SUMS;
+            facts[piece] = sums.facts[piece] + index / 2 * ROWS;
+        });
         float* to = sums.totals + index * TILE_SUMS;
+        const int64_t count = pipe.x->count;
         unroll<ROWS>(EACH(row) {
-            add_row(products + row * PANEL, ROWS * PANEL, facts + row, count, scales, to + row * PANEL);
+            constexpr int64_t AT = decltype(row)::value * PANEL;
+            vf total = load(to + AT);
+            unroll<COUNT>(EACH(piece) {
+                total = added(total, products[piece] + AT, ROWS * PANEL, facts[piece] + row, count, scales[piece]);
+            });
+            std::memcpy(to + AT, &total, sizeof total);
         });
     }
-    static void add(const Pipeline& pipe, const Sums& sums, int r, int n) {
-        const float* products = sums.products + (2 * r + n) * TILE_SUMS;
+    static void add(const Pipeline& pipe, const Sums& sums, int which, int r, int n) {
+        const float* products = sums.products[which] + (2 * r + n) * TILE_SUMS;
         float* to = sums.totals + (2 * r + n) * TILE_SUMS;
         const int64_t rows = pipe.x->rows_of(sums.tile + r), tile_rows = pipe.x->tile_rows;
-        for (int64_t row = 0; row < rows; ++row)
-            add_row(products + row * PANEL, tile_rows * PANEL, sums.facts + r * tile_rows + row, pipe.x->count,
-                    sums.piece->scales[n], to + row * PANEL);
+        const float* facts = sums.facts[which] + r * tile_rows;
+        for (int64_t row = 0; row < rows; ++row, products += PANEL, to += PANEL) {
+            const vf total = added(load(to), products, tile_rows * PANEL, facts + row, pipe.x->count,
+                                   sums.piece[which].scales[n]);
+            std::memcpy(to, &total, sizeof total);
+        }
     }
     static const float* facts_of(const Layout& l, const Rows& x, const Piece& piece, int64_t tile) {
         const int64_t pieces = (l.width(0) + PIECE_COLS - 1) / PIECE_COLS;
@@ -310,7 +360,7 @@ struct Cursor {
         while (group < l.groups) {
             const int64_t window = group >> l.repeat_bits, left = l.width(window) - start;
             const int64_t columns = left < T::PIECE_COLS ? left : T::PIECE_COLS, steps = steps_of<T>(columns);
-            if (chunk.steps + steps > CHUNK_STEPS) return;
+            if (chunk.steps + steps > CHUNK_STEPS) break;
             Piece& piece = chunk.pieces[chunk.count++];
             piece.group = group, piece.window = window, piece.start = start, piece.columns = columns;
             piece.step = window * steps_of<T>(l.window) + start / T::COLS, piece.steps = steps;
@@ -318,6 +368,10 @@ struct Cursor {
             codes_at += columns / BLOCK * E::BYTES, start += columns;
             if (start == l.width(window)) ++group, start = 0;
         }
+        const int64_t step = chunk.pieces[0].step, each = chunk.pieces[0].steps;
+        chunk.paired = chunk.count % 2 == 0 && each <= 2 ? each : 0;
+        for (int index = 1; index < chunk.count; ++index)  // neighbours, all of as many steps
+            if (chunk.pieces[index].steps != each || chunk.pieces[index].step != step + index * each) chunk.paired = 0;
     }
 };
 
@@ -419,53 +473,58 @@ private:
     int64_t panel_, bytes_, ahead_;
 };
 
-// R tiles of x by P panels over a piece of STEPS steps, or `steps` where that is 0. What goes ahead goes on meanwhile.
-// ADD: so does adding the sums of a block before, two by two whole tiles.
-template <class T, class A, int R, int P, int STEPS, bool ADD>
-QUANTKIT_INLINE void multiply_piece(const uint8_t* x, const uint8_t* weights, int64_t next_panel, float* out,
-                                    int64_t steps, Pipeline& pipe, const Sums& before, A& ahead) {
-    const auto multiply = [&](auto first, int64_t step) __attribute__((always_inline)) {
-        T::template multiply<R, P, decltype(first)::value>(x + step * 2 * TILE_BYTES, weights + step * T::STEP_BYTES,
+// A share of what the next chunk will read of two tiles of x: all of it is there once all pairs of panels have met this
+// chunk.
+QUANTKIT_INLINE void fetch_next(const Chunk& chunk, const Rows& x, int64_t tile, int64_t pairs) {
+    const int64_t share = (chunk.steps * 2 * TILE_BYTES + pairs - 1) / pairs;
+    const uint8_t* from = x.at(chunk.pieces[0].step + chunk.steps, tile) + chunk.panel / CHUNK_PANELS * share;
+    for (int64_t line = 0; line < share; line += 64) __builtin_prefetch(from + line, 0, 2);
+}
+
+// R tiles of x by P panels over COUNT pieces of STEPS steps, or one of `steps` where that is 0. What tiles hold goes to
+// `held`, the first of two pieces' sums to `first`. What goes ahead goes on meanwhile. ADD: so does adding sums of
+// before, over as many pieces, two by two whole tiles.
+template <class T, class A, int R, int P, int COUNT, int STEPS, bool ADD>
+QUANTKIT_INLINE void multiply_pieces(const uint8_t* x, const uint8_t* weights, int64_t next_panel, float* held,
+                                     float* first, int64_t steps, Pipeline& pipe, const Sums& before, A& ahead) {
+    const auto multiply = [&](auto begins, int64_t step, float* out) __attribute__((always_inline)) {
+        T::template multiply<R, P, decltype(begins)::value>(x + step * 2 * TILE_BYTES, weights + step * T::STEP_BYTES,
                                                            next_panel, out);
     };
-    const auto go_on = [&]() __attribute__((always_inline)) {
-        pipe.due += pipe.rate;
-        ahead.run(pipe.due >> 8);
-        pipe.due &= 255;
+    const auto add = [&](auto tile) __attribute__((always_inline)) {
+        if constexpr (ADD) T::template add_whole<COUNT>(pipe, before, tile);
     };
-    multiply(std::true_type{}, 0);
+    multiply(std::true_type{}, 0, held);
     if constexpr (STEPS == 0) {
-        go_on();
-        for (int64_t step = 1; step < steps; ++step) multiply(std::false_type{}, step), go_on();
+        pipe.go_on(ahead);
+        for (int64_t step = 1; step < steps; ++step) multiply(std::false_type{}, step, held), pipe.go_on(ahead);
     } else {
-        unroll<STEPS>(EACH(step) {
-            constexpr int STEP = decltype(step)::value;
-            if constexpr (STEP > 0) multiply(std::false_type{}, STEP);
-            if constexpr (ADD)
-                unroll<4 / STEPS>(EACH(tile) { T::add_whole(pipe, before, STEP * 4 / STEPS + tile); });
-            go_on();
+        unroll<COUNT * STEPS>(EACH(step) {
+            constexpr int STEP = decltype(step)::value, OF_PIECE = STEP % STEPS;
+            if constexpr (STEP > 0) multiply(std::bool_constant<OF_PIECE == 0>{}, STEP, first);
+            if constexpr (COUNT == 1) unroll<4 / STEPS>(EACH(tile) { add(STEP * 4 / STEPS + tile); });
+            else if constexpr (OF_PIECE == STEPS - 1) add(STEP / STEPS * 2), add(STEP / STEPS * 2 + 1);
+            pipe.go_on(ahead);
         });
     }
 }
 
-// R tiles of x by P panels over all of a chunk.
+// R tiles of x by P panels over all of a chunk, piece by piece.
 template <class T, class A, int R, int P>
 void multiply_block(const Chunk& chunk, const Rows& x, int64_t tile, Pipeline& pipe, A& ahead) {
     const uint8_t* weights = chunk.weights;
-    const bool whole = R == 2 && P == 2 && !pipe.p->layout->zeros && x.rows_of(tile + 1) == T::ROWS;
-    float* const totals = pipe.totals_of(tile, chunk.panel);
+    const bool whole = R == 2 && P == 2 && pipe.template whole<T>(tile);
     for (const Piece* piece = chunk.pieces; piece != chunk.pieces + chunk.count; ++piece) {
-        Sums &now = pipe.before(0), &held = pipe.before(1);  // (never copied: fields are read as they were written)
-        const Sums& before = pipe.before(2);
-        now.tiles = R, now.panels = P, now.whole = whole, now.piece = piece, now.tile = tile;
-        now.facts = T::facts_of(*pipe.p->layout, x, *piece, tile);
-        now.products = pipe.products + pipe.turn % 2 * 4 * TILE_SUMS, now.totals = totals;
-        ++pipe.turn;
+        Sums& now = pipe.before(0);  // (never copied: fields are read as they were written)
+        const Sums &held = pipe.before(1), &before = pipe.before(2);
+        now.tiles = R, now.panels = P, now.whole = whole;
+        pipe.begin<T, 1>(now, chunk, piece, tile);
         if (held.tiles != R || held.panels != P) pipe.store(held);
         const auto run = [&](auto steps, auto add) __attribute__((always_inline)) {
             constexpr bool ADD = decltype(add)::value;
-            multiply_piece<T, A, R, P, decltype(steps)::value, ADD>(x.at(piece->step, tile), weights, chunk.next_panel,
-                                                                    held.products, piece->steps, pipe, before, ahead);
+            multiply_pieces<T, A, R, P, 1, decltype(steps)::value, ADD>(x.at(piece->step, tile), weights,
+                                                                        chunk.next_panel, held.held, now.held,
+                                                                        piece->steps, pipe, before, ahead);
             if constexpr (!ADD) pipe.add<T>(before);
         };
         const auto by_steps = [&](auto add) __attribute__((always_inline)) {
@@ -476,9 +535,31 @@ void multiply_block(const Chunk& chunk, const Rows& x, int64_t tile, Pipeline& p
                 default: return run(std::integral_constant<int, 0>{}, std::false_type{});
             }
         };
-        if (R == 2 && P == 2 && before.whole) by_steps(std::bool_constant<R == 2 && P == 2>{});
+        if (R == 2 && P == 2 && before.whole && before.pieces == 1) by_steps(std::bool_constant<R == 2 && P == 2>{});
         else by_steps(std::false_type{});
         weights += piece->steps * T::STEP_BYTES;
+    }
+}
+
+// Two whole tiles of x by two panels over all of a chunk, two pieces of STEPS steps at a time.
+template <class T, class A, int STEPS>
+void multiply_pairs(const Chunk& chunk, const Rows& x, int64_t tile, Pipeline& pipe, A& ahead) {
+    const uint8_t* weights = chunk.weights;
+    for (const Piece* piece = chunk.pieces; piece != chunk.pieces + chunk.count; piece += 2) {
+        Sums &now = pipe.before(0), &held = pipe.before(1), &older = pipe.before(2);
+        pipe.add<T>(older), Pipeline::forget(older);
+        now.tiles = now.panels = 2, now.whole = true;
+        pipe.begin<T, 2>(now, chunk, piece, tile);
+        if (held.tiles != 2 || held.panels != 2) pipe.store(held);
+        const auto run = [&](auto add) __attribute__((always_inline)) {
+            multiply_pieces<T, A, 2, 2, 2, STEPS, decltype(add)::value>(x.at(piece->step, tile), weights,
+                                                                       chunk.next_panel, held.held, now.products[0],
+                                                                       STEPS, pipe, held, ahead);
+        };
+        if (held.whole && held.pieces == 2) run(std::true_type{});
+        else run(std::false_type{}), pipe.add<T>(held);
+        Pipeline::forget(held);
+        weights += 2 * STEPS * T::STEP_BYTES;
     }
 }
 
@@ -490,8 +571,13 @@ void multiply_chunk(const Chunk& chunk, const Rows& x, Pipeline& pipe, A& ahead)
                                            {multiply_block<T, A, 2, 1>, multiply_block<T, A, 2, 2>}};
     const int64_t steps = (x.tiles + 1) / 2 * chunk.steps;
     pipe.due = 0, pipe.rate = (256 * ahead.units + steps - 1) / steps;
-    for (int64_t tile = 0; tile < x.tiles; tile += 2)
-        BLOCKS[tile + 1 < x.tiles][chunk.panels > 1](chunk, x, tile, pipe, ahead);
+    const Block pairs = chunk.paired == 1 ? multiply_pairs<T, A, 1> : multiply_pairs<T, A, 2>;
+    for (int64_t tile = 0; tile < x.tiles; tile += 2) {
+        if (T::FETCHES && x.far) fetch_next(chunk, x, tile, (pipe.panels + 1) / 2);
+        const bool two = tile + 1 < x.tiles, panels = chunk.panels > 1;
+        const bool paired = chunk.paired && x.tiles > 2 && two && panels && pipe.template whole<T>(tile);
+        (paired ? pairs : BLOCKS[two][panels])(chunk, x, tile, pipe, ahead);
+    }
     ahead.run(ahead.units);
     __asm__ volatile("" ::: "memory");  // loads of tiles are not known to read what was decoded
 }
@@ -531,8 +617,8 @@ void multiply_panels(const Product& p, int64_t first, int64_t stop, int64_t most
     Pipeline pipe;
     pipe.p = &p, pipe.x = &x;
     pipe.totals = static_cast<float*>(scratch<2>((x.tiles + 1) * (most + 1) * TILE_BYTES));
-    pipe.products = static_cast<float*>(scratch<13>(8 * TILE_BYTES));
-    pipe.before(1).products = pipe.products + 4 * TILE_SUMS;
+    pipe.products = static_cast<float*>(scratch<13>(12 * TILE_BYTES));
+    pipe.before(1).held = pipe.products + 4 * TILE_SUMS;
     Cursor cursor;  // where the next chunk is
     int64_t panel = first, pair = 0;
     int turn = 0;
@@ -580,6 +666,7 @@ void tile_rows(const Product& p) {
         x.tiles = (x.count + T::ROWS - 1) / T::ROWS;
         x.pair_bytes = 2 * (steps + CHUNK_STEPS) * TILE_BYTES;  // with a gap: pairs fall into other sets of a cache
         x.data = static_cast<uint8_t*>(scratch<5>((x.tiles + 1) / 2 * x.pair_bytes));
+        x.far = x.tiles * x.pair_bytes / 2 > FAR;
         x.facts = static_cast<float*>(scratch<6>(x.count * (l.windows + steps) * 2 * sizeof(float)));
         const TileConfig config(T::PLANES * x.tile_rows);
 #pragma omp parallel num_threads(p.threads)
