@@ -127,14 +127,18 @@ struct Pipeline {
     QUANTKIT_INLINE bool whole(int64_t tile) const {
         return !p->layout->zeros && x->rows_of(tile + 1) == T::ROWS;
     }
-    // Takes its turn with COUNT pieces.
-    template <class T, int COUNT>
-    QUANTKIT_INLINE void begin(Sums& now, const Chunk& chunk, const Piece* piece, int64_t tile) {
-        now.pieces = COUNT, now.piece = piece, now.tile = tile;
+    // The next turn: R tiles of x by P panels over COUNT pieces. What tiles hold is stored where that turn would not.
+    template <class T, int R, int P, int COUNT>
+    QUANTKIT_INLINE const Sums& begin(const Chunk& chunk, const Piece* piece, int64_t tile, bool all) {
+        Sums& now = before(0);  // (never copied: fields are read as they were written)
+        const Sums& held = before(1);
+        now.tiles = R, now.panels = P, now.whole = all, now.pieces = COUNT, now.piece = piece, now.tile = tile;
         now.products[0] = products + turn % 2 * 4 * TILE_SUMS, now.products[1] = products + 8 * TILE_SUMS;
         now.held = now.products[COUNT - 1], now.totals = totals_of(tile, chunk.panel);
         unroll<COUNT>(EACH(index) { now.facts[index] = T::facts_of(*p->layout, *x, piece[index], tile); });
         ++turn;
+        if (held.tiles != R || held.panels != P) store(held);
+        return now;
     }
     static void forget(Sums& added) { added.tiles = 0, added.whole = false; }
     template <class T>
@@ -515,15 +519,12 @@ void multiply_block(const Chunk& chunk, const Rows& x, int64_t tile, Pipeline& p
     const uint8_t* weights = chunk.weights;
     const bool whole = R == 2 && P == 2 && pipe.template whole<T>(tile);
     for (const Piece* piece = chunk.pieces; piece != chunk.pieces + chunk.count; ++piece) {
-        Sums& now = pipe.before(0);  // (never copied: fields are read as they were written)
         const Sums &held = pipe.before(1), &before = pipe.before(2);
-        now.tiles = R, now.panels = P, now.whole = whole;
-        pipe.begin<T, 1>(now, chunk, piece, tile);
-        if (held.tiles != R || held.panels != P) pipe.store(held);
+        const Sums& now = pipe.template begin<T, R, P, 1>(chunk, piece, tile, whole);
         const auto run = [&](auto steps, auto add) __attribute__((always_inline)) {
             constexpr bool ADD = decltype(add)::value;
             multiply_pieces<T, A, R, P, 1, decltype(steps)::value, ADD>(x.at(piece->step, tile), weights,
-                                                                        chunk.next_panel, held.held, now.held,
+                                                                        chunk.next_panel, held.held, now.products[0],
                                                                         piece->steps, pipe, before, ahead);
             if constexpr (!ADD) pipe.add<T>(before);
         };
@@ -546,11 +547,9 @@ template <class T, class A, int STEPS>
 void multiply_pairs(const Chunk& chunk, const Rows& x, int64_t tile, Pipeline& pipe, A& ahead) {
     const uint8_t* weights = chunk.weights;
     for (const Piece* piece = chunk.pieces; piece != chunk.pieces + chunk.count; piece += 2) {
-        Sums &now = pipe.before(0), &held = pipe.before(1), &older = pipe.before(2);
+        Sums &held = pipe.before(1), &older = pipe.before(2);
         pipe.add<T>(older), Pipeline::forget(older);
-        now.tiles = now.panels = 2, now.whole = true;
-        pipe.begin<T, 2>(now, chunk, piece, tile);
-        if (held.tiles != 2 || held.panels != 2) pipe.store(held);
+        const Sums& now = pipe.template begin<T, 2, 2, 2>(chunk, piece, tile, true);
         const auto run = [&](auto add) __attribute__((always_inline)) {
             multiply_pieces<T, A, 2, 2, 2, STEPS, decltype(add)::value>(x.at(piece->step, tile), weights,
                                                                        chunk.next_panel, held.held, now.products[0],
