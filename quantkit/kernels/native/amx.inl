@@ -29,6 +29,8 @@ constexpr int64_t CHUNK_PANELS = 2;  // the first-level cache holds two chunks, 
 constexpr int64_t MOST_PANELS = 16;  // that meet x together: the more, the less often x is read
 constexpr int64_t PASS_ROWS = 512;   // of x that share a pass over the weights
 constexpr int64_t FAR = 2 << 20;     // bytes of x that the second-level cache does not hold
+constexpr int64_t X_AHEAD = 512;     // columns of x, as it lies, that are prefetched before they are packed
+constexpr int64_t Y_AHEAD = 4;       // rows of y that are prefetched before they are stored
 constexpr int64_t FEW_ROWS = 32, FEW_PANELS = 2;  // few rows: to read codes in few streams matters more,
 constexpr int64_t FEW_TURN = 32;                  // and many panels one after another
 
@@ -102,6 +104,8 @@ struct Pipeline {
     float* totals;      // (tiles / 2, panels / 2, 2, 2, 16, 16)
     float* products;    // three of Sums::products: of pieces in turn, and of those that are second
     int64_t due, rate;  // of what goes ahead: 256ths of a unit, and how many each step adds
+    const uint8_t* x_ahead;  // what is prefetched next, and how many bytes of it with each step
+    int64_t fetches;
     int turn = 0;
     Sums ring[4];  // what is multiplied, what tiles hold, and what is stored
 
@@ -153,6 +157,11 @@ struct Pipeline {
         due += rate;
         ahead.run(due >> 8);
         due &= 255;
+    }
+    QUANTKIT_INLINE void fetch() {
+        if (fetches == 0) return;
+        for (int64_t line = 0; line < fetches; line += 64) __builtin_prefetch(x_ahead + line, 0, 2);
+        x_ahead += fetches;
     }
 };
 
@@ -241,8 +250,10 @@ struct PairTiles {
                 uint8_t* to = x.at(step, tile);
                 const auto inside = static_cast<__mmask32>(stop - column < COLS ? (1u << (stop - column)) - 1 : ~0u);
                 const uint16_t* here = from + column;
-                for (int64_t index = 0; index < rows; ++index, here += l.cols)
+                for (int64_t index = 0; index < rows; ++index, here += l.cols) {
+                    __builtin_prefetch(here + X_AHEAD, 0, 2);
                     _mm512_store_si512(to + index * 64, _mm512_maskz_loadu_epi16(inside, here));
+                }
                 std::memset(to + rows * 64, 0, (x.tile_rows - rows) * 64);
             }
         }
@@ -477,14 +488,6 @@ private:
     int64_t panel_, bytes_, ahead_;
 };
 
-// A share of what the next chunk will read of two tiles of x: all of it is there once all pairs of panels have met this
-// chunk.
-QUANTKIT_INLINE void fetch_next(const Chunk& chunk, const Rows& x, int64_t tile, int64_t pairs) {
-    const int64_t share = (chunk.steps * 2 * TILE_BYTES + pairs - 1) / pairs;
-    const uint8_t* from = x.at(chunk.pieces[0].step + chunk.steps, tile) + chunk.panel / CHUNK_PANELS * share;
-    for (int64_t line = 0; line < share; line += 64) __builtin_prefetch(from + line, 0, 2);
-}
-
 // R tiles of x by P panels over COUNT pieces of STEPS steps, or one of `steps` where that is 0. What tiles hold goes to
 // `held`, the first of two pieces' sums to `first`. What goes ahead goes on meanwhile. ADD: so does adding sums of
 // before, over as many pieces, two by two whole tiles.
@@ -498,17 +501,21 @@ QUANTKIT_INLINE void multiply_pieces(const uint8_t* x, const uint8_t* weights, i
     const auto add = [&](auto tile) __attribute__((always_inline)) {
         if constexpr (ADD) T::template add_whole<COUNT>(pipe, before, tile);
     };
+    const auto go_on = [&]() __attribute__((always_inline)) {
+        pipe.go_on(ahead);
+        if constexpr (T::FETCHES) pipe.fetch();
+    };
     multiply(std::true_type{}, 0, held);
     if constexpr (STEPS == 0) {
-        pipe.go_on(ahead);
-        for (int64_t step = 1; step < steps; ++step) multiply(std::false_type{}, step, held), pipe.go_on(ahead);
+        go_on();
+        for (int64_t step = 1; step < steps; ++step) multiply(std::false_type{}, step, held), go_on();
     } else {
         unroll<COUNT * STEPS>(EACH(step) {
             constexpr int STEP = decltype(step)::value, OF_PIECE = STEP % STEPS;
             if constexpr (STEP > 0) multiply(std::bool_constant<OF_PIECE == 0>{}, STEP, first);
             if constexpr (COUNT == 1) unroll<4 / STEPS>(EACH(tile) { add(STEP * 4 / STEPS + tile); });
             else if constexpr (OF_PIECE == STEPS - 1) add(STEP / STEPS * 2), add(STEP / STEPS * 2 + 1);
-            pipe.go_on(ahead);
+            go_on();
         });
     }
 }
@@ -570,9 +577,13 @@ void multiply_chunk(const Chunk& chunk, const Rows& x, Pipeline& pipe, A& ahead)
                                            {multiply_block<T, A, 2, 1>, multiply_block<T, A, 2, 2>}};
     const int64_t steps = (x.tiles + 1) / 2 * chunk.steps;
     pipe.due = 0, pipe.rate = (256 * ahead.units + steps - 1) / steps;
+    // Each pair of panels prefetches a share of what the next chunk reads of x, a few lines at a time: many at once
+    // would fill the buffers that misses of the first-level cache wait in.
+    const int64_t shares = (pipe.panels + 1) / 2, share = chunk.panel / CHUNK_PANELS * chunk.steps;
+    pipe.fetches = T::FETCHES && x.far ? (2 * TILE_BYTES / 64 + shares - 1) / shares * 64 : 0;
     const Block pairs = chunk.paired == 1 ? multiply_pairs<T, A, 1> : multiply_pairs<T, A, 2>;
     for (int64_t tile = 0; tile < x.tiles; tile += 2) {
-        if (T::FETCHES && x.far) fetch_next(chunk, x, tile, (pipe.panels + 1) / 2);
+        pipe.x_ahead = x.at(chunk.pieces[0].step + chunk.steps, tile) + share * pipe.fetches;
         const bool two = tile + 1 < x.tiles, panels = chunk.panels > 1;
         const bool paired = chunk.paired && x.tiles > 2 && two && panels && pipe.template whole<T>(tile);
         (paired ? pairs : BLOCKS[two][panels])(chunk, x, tile, pipe, ahead);
@@ -591,18 +602,17 @@ QUANTKIT_INLINE __m256i rounded_bf16(vf values) {
 }
 
 inline void store_totals(const Product& p, int64_t first, const Rows& x, int64_t first_row, const Pipeline& pipe) {
-    for (int64_t row = 0; row < x.count; ++row) {
-        auto* to = static_cast<uint16_t*>(p.y) + (first_row + row) * p.layout->rows + first * PANEL;
-        for (int64_t panel = 0; panel < pipe.panels; ++panel, to += PANEL) {
-            const float* from = pipe.totals_of(row / x.tile_rows, panel) + row % x.tile_rows * PANEL;
-            if (p.layout->rows - (first + panel) * PANEL < PANEL) {
-                store(p, first + panel, first_row + row, from);
-                continue;
-            }
-            vf values = load(from);
+    const int64_t cols = p.layout->rows, left = cols / PANEL - first, full = left < pipe.panels ? left : pipe.panels;
+    auto* to = static_cast<uint16_t*>(p.y) + first_row * cols + first * PANEL;
+    for (int64_t row = 0; row < x.count; ++row, to += cols) {
+        const int64_t tile = row / x.tile_rows, at = row % x.tile_rows * PANEL;
+        for (int64_t panel = 0; panel < full; ++panel) {
+            __builtin_prefetch(to + Y_AHEAD * cols + panel * PANEL, 1);
+            vf values = load(pipe.totals_of(tile, panel) + at);
             if (p.bias != nullptr) values += load(p.bias + (first + panel) * PANEL);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded_bf16(values));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + panel * PANEL), rounded_bf16(values));
         }
+        if (full < pipe.panels) store(p, first + full, first_row + row, pipe.totals_of(tile, full) + at);
     }
 }
 
