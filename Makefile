@@ -47,7 +47,7 @@ reports: $(VENV)/.runtime
 	$(BIN)/quantkit estimate --bits 16 --bits 8 --bits 4 --output reports/mistral-7b-instruct-v0.2/estimate.json
 	$(BIN)/quantkit report reports/mistral-7b-instruct-v0.2/estimate.json -o reports/mistral-7b-instruct-v0.2
 	$(BIN)/quantkit report reports/tiny-mistral/perplexity.json -o reports/tiny-mistral
-	$(BIN)/quantkit report reports/cpu/kernels.json reports/cpu/kernels-nf4.json reports/cpu/models-*.json -o reports/cpu
+	$(BIN)/quantkit report reports/cpu/kernels.json reports/cpu/models-*.json -o reports/cpu
 	$(BIN)/quantkit report reports/cpu-avx512/kernels.json reports/cpu-avx512/models*.json -o reports/cpu-avx512
 	$(BIN)/quantkit report $(addprefix reports/measured/,mistral-7b-h200.json bench-h200-kernels.json bench-h200-models.json \
 		bench-h200-early.json) -o reports/measured
