@@ -580,7 +580,7 @@ void multiply_chunk(const Chunk& chunk, const Rows& x, Pipeline& pipe, A& ahead)
     // Each pair of panels prefetches a share of what the next chunk reads of x, a few lines at a time: many at once
     // would fill the buffers that misses of the first-level cache wait in.
     const int64_t shares = (pipe.panels + 1) / 2, share = chunk.panel / CHUNK_PANELS * chunk.steps;
-    pipe.fetches = T::FETCHES && x.far ? (2 * TILE_BYTES / 64 + shares - 1) / shares * 64 : 0;
+    pipe.fetches = x.far ? (2 * TILE_BYTES / 64 + shares - 1) / shares * 64 : 0;
     const Block pairs = chunk.paired == 1 ? multiply_pairs<T, A, 1> : multiply_pairs<T, A, 2>;
     for (int64_t tile = 0; tile < x.tiles; tile += 2) {
         pipe.x_ahead = x.at(chunk.pieces[0].step + chunk.steps, tile) + share * pipe.fetches;
