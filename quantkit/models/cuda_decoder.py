@@ -1,9 +1,10 @@
-"""Decoding on a CUDA GPU: one token of each sequence through all layers, captured in one CUDA graph.
+"""The layers on a CUDA GPU: prompts, and one token of each sequence, captured in one CUDA graph.
 
-`kernels/triton/step.py` does what `Decoder.forward` does, with the same roundings, in ten kernels a layer. For one
-sequence in bfloat16, and matrices that `kernels/triton/row.py` takes, these are seven: products norm what they read,
-and add to the residual stream; a norm's factor is rounded once less then. On a Hopper each of the seven begins while
-the one ahead still runs, and a product asks for its first tiles meanwhile.
+`kernels/triton/step.py` does what `Decoder.forward` does, with the same roundings, in ten kernels a layer; attention
+of a prompt is that of `attention.py`. For one token of one sequence in bfloat16, and matrices that
+`kernels/triton/row.py` takes, these are seven: products norm what they read, and add to the residual stream; a norm's
+factor is rounded once less then. On a Hopper each of the seven begins while the one ahead still runs, and a product
+asks for its first tiles meanwhile.
 
 A graph launches all of them at once: one by one that would take longer than they run. It belongs to a cache, reads
 where the token stands from device memory, and goes when the cache does.
@@ -12,8 +13,9 @@ where the token stands from device memory, and goes when the cache does.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from quantkit.config import ModelConfig
 from quantkit.kernels import ops
 from quantkit.kernels.triton import TiledWeight
+from quantkit.models.attention import Attention
 from quantkit.models.kv_cache import KVCache
 from quantkit.models.linear import Block, Fused, Linear
 from quantkit.models.rope import rope_angles
@@ -42,7 +45,7 @@ _WARM_UPS = 2  # runs before the capture: they compile, and let libraries alloca
 
 @dataclass(frozen=True)
 class Layers:
-    """A model as a token runs through it."""
+    """A model as tokens run through it; `attention` is the path of prompts."""
 
     config: ModelConfig
     embedding: torch.Tensor
@@ -50,14 +53,20 @@ class Layers:
     norm: torch.Tensor
     head: Linear
     frequencies: torch.Tensor  # of RoPE, float32 (head_dim / 2,)
+    attention: str
+
+    @cached_property
+    def largest(self) -> int:
+        """Elements of a block's largest matrix as a checkpoint has it: so much is dequantized at once."""
+        return max(spec.elements for spec in self.config.tensors if spec.is_block_linear)
 
 
 class CudaDecoder:
-    """The tokens of every cache in use; made by `of`."""
+    """What runs for every cache in use; made by `of`."""
 
     def __init__(self, layers: Layers) -> None:
         self._layers = layers
-        self._tokens: WeakKeyDictionary[KVCache, Token] = WeakKeyDictionary()
+        self._runs: WeakKeyDictionary[KVCache, Run] = WeakKeyDictionary()
 
     @classmethod
     def of(cls, layers: Layers, dtype: torch.dtype) -> CudaDecoder | None:
@@ -71,17 +80,35 @@ class CudaDecoder:
         return None
 
     def takes(self, ids: torch.Tensor, cache: KVCache) -> bool:
-        """Whether ids (B, T) are one token of each sequence of `cache`, and its elements are plain or codes."""
+        """Whether ids (B, T) are tokens that `prompt` runs, or `token` where T = 1."""
         slab, scales = cache.stored
         stored = cache.plain is not None
         if scales is not None:
             stored = cache.group == 0 or (
                 cache.group >= _SMALLEST_GROUP and cache.group & (cache.group - 1) == 0
             )
-        return stored and ids.shape == (slab.shape[2], 1) and len(ids) <= MOST_SEQUENCES
+        batch, tokens = ids.shape
+        if tokens == 1:
+            fits = batch <= MOST_SEQUENCES
+        else:  # of a rolling cache, those that overwrite none
+            fits = tokens > 1 and (not cache.rolling or cache.length + tokens <= cache.slots)
+        return stored and batch == slab.shape[2] and fits
 
     @torch.inference_mode()
-    def __call__(self, ids: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+    def prompt(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Run ids (B, T), which `cache` then holds too, and return their final, normed states (B, T, hidden).
+
+        Args:
+            ids: that `takes` accepts, T > 1.
+            cache: one with room.
+        """
+        with torch.cuda.device_of(self._layers.embedding):
+            states = self._run(cache).prompt(ids, cache)
+        cache.advance(ids.shape[1])
+        return states
+
+    @torch.inference_mode()
+    def token(self, ids: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one token of each sequence, which `cache` then holds too, without waiting for the device.
 
         Args:
@@ -93,16 +120,19 @@ class CudaDecoder:
             this cache overwrites both.
         """
         with torch.cuda.device_of(self._layers.embedding):
-            token = self._tokens.get(cache)
-            if token is None:
-                token = self._tokens[cache] = Token(self._layers, cache)
-            outputs = token(ids, cache.length)
+            outputs = self._run(cache).token(ids, cache.length)
         cache.advance(1)
         return outputs
 
+    def _run(self, cache: KVCache) -> Run:
+        run = self._runs.get(cache)
+        if run is None:
+            run = self._runs[cache] = Run(self._layers, cache)
+        return run
 
-class Token:
-    """One token of each sequence of one cache. It holds the cache's memory, not the cache, which may so end first."""
+
+class Run:
+    """The tokens of one cache. It holds the cache's memory, not the cache, which may so end first."""
 
     def __init__(self, layers: Layers, cache: KVCache) -> None:
         from quantkit.kernels.triton.arguments import begins_early
@@ -134,7 +164,23 @@ class Token:
             key_scales, value_scales = (None, None) if scales is None else scales[layer]
             self._slabs.append(Slab(keys, values, key_scales, value_scales, cache.bits))
 
-    def __call__(self, ids: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def prompt(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Return the states (B, T, hidden) of ids (B, T), whose keys and values `cache` has room for."""
+        layers, config = self._layers, self._layers.config
+        batch, tokens = ids.shape
+        count = cache.keys(tokens)
+        attention = Attention(layers.attention, tokens, count, None, ids.device)
+        self._stand_at(cache.length)
+
+        def attend(layer: int, q: Parts, k: Parts, v: Parts) -> torch.Tensor:
+            queries = self._step.heads(q, k, v, self._slabs[layer])
+            keys, values = cache.held(layer, count)
+            return attention(queries.view(batch, tokens, config.n_heads, -1), keys, values).flatten(0, 1)
+
+        x = F.embedding(ids.flatten(), layers.embedding)  # (B T, hidden)
+        return _wide(layers, x, attend).view(batch, tokens, -1)
+
+    def token(self, ids: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return states and logits of ids (B, 1) at a position."""
         self._ids.copy_(ids[:, 0])
         self._stand_at(position)
@@ -179,7 +225,10 @@ class Token:
 
     def _run(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the token in `_ids` at `_position`, and advance that."""
-        h = self._row() if self._by_rows else self._wide()
+        if self._by_rows:
+            h = self._row()
+        else:
+            h = _wide(self._layers, F.embedding(self._ids, self._layers.embedding), self._attend)
         self._position.add_(1)
         return h, self._layers.head(h)
 
@@ -191,31 +240,47 @@ class Token:
         x = F.embedding(self._ids, layers.embedding)  # (B, hidden)
         stream: torch.Tensor | row.Stream = step.norm(x, None, layers.blocks[0].attention_norm, eps)
         following = [*(block.attention_norm for block in layers.blocks[1:]), layers.norm]
-        for block, slab, next_norm in zip(layers.blocks, self._slabs, following, strict=True):
+        for layer, (block, next_norm) in enumerate(zip(layers.blocks, following, strict=True)):
             assert isinstance(block.qkv, Fused)
             q, k, v = _split(step.Parts(row.product(stream, *_tiles(block.qkv))[None]), block.qkv.rows)
-            out = self._step.attention(self._step.heads(q, k, v, slab), slab)
+            out = self._attend(layer, q, k, v)
             stream = row.add_product(out, *_tiles(block.o), x, block.ffn_norm, eps)
             wide = row.gated(stream, *_tiles(block.gate_up))
             stream = row.add_product(wide, *_tiles(block.down), x, next_norm, eps)
         return step.norm(x, None, layers.norm, eps)
 
-    def _wide(self) -> torch.Tensor:
-        """Run the layers, whatever their linears are."""
-        from quantkit.kernels.triton import step
+    def _attend(self, layer: int, q: Parts, k: Parts, v: Parts) -> torch.Tensor:
+        slab = self._slabs[layer]
+        return self._step.attention(self._step.heads(q, k, v, slab), slab)
 
-        layers, eps = self._layers, self._layers.config.norm_eps
-        x = F.embedding(self._ids, layers.embedding)  # (B, hidden)
-        following = [*(block.attention_norm for block in layers.blocks[1:]), layers.norm]
-        h = step.norm(x, None, layers.blocks[0].attention_norm, eps)
-        for block, slab, next_norm in zip(layers.blocks, self._slabs, following, strict=True):
-            q, k, v = _parts(h, block.qkv)
-            out = self._step.attention(self._step.heads(q, k, v, slab), slab)
-            h = step.norm(x, _product(out, block.o), block.ffn_norm, eps)
-            gate, up = _parts(h, block.gate_up)
-            wide = step.swiglu(gate, up, x.dtype)
-            h = step.norm(x, _product(wide, block.down), next_norm, eps)
-        return h
+
+def _wide(
+    layers: Layers, x: torch.Tensor, attend: Callable[[int, Parts, Parts, Parts], torch.Tensor]
+) -> torch.Tensor:
+    """Run x (R, hidden) through the layers, whatever their linears are, and return the normed states.
+
+    `attend` takes a layer's number, queries, keys and values; x is overwritten. Tensors are released where they were
+    last used: of a prompt they are large.
+    """
+    from quantkit.kernels.triton import step
+
+    eps = layers.config.norm_eps
+    following = [*(block.attention_norm for block in layers.blocks[1:]), layers.norm]
+    h = step.norm(x, None, layers.blocks[0].attention_norm, eps)
+    for layer, (block, next_norm) in enumerate(zip(layers.blocks, following, strict=True)):
+        q, k, v = _parts(h, block.qkv, layers.largest)
+        del h
+        out = attend(layer, q, k, v)
+        del q, k, v
+        h = step.norm(x, _product(out, block.o, layers.largest), block.ffn_norm, eps)
+        del out
+        gate, up = _parts(h, block.gate_up, layers.largest)
+        del h
+        wide = step.swiglu(gate, up, x.dtype)
+        del gate, up
+        h = step.norm(x, _product(wide, block.down, layers.largest), next_norm, eps)
+        del wide
+    return h
 
 
 def _takes_row(block: Block, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -252,12 +317,11 @@ def _taken(linear: Linear) -> bool:
     return isinstance(weight, torch.Tensor) or (isinstance(weight, TiledWeight) and not weight.tiles.flat)
 
 
-def _parts(x: torch.Tensor, linears: Fused | Sequence[Linear]) -> list[Parts]:
-    """Return x (B, K) times each matrix, not added up yet; those of a fused one are views."""
-
+def _parts(x: torch.Tensor, linears: Fused | Sequence[Linear], most: int) -> list[Parts]:
+    """Return x (R, K) times each matrix, not added up yet; those of a fused one are views."""
     if not isinstance(linears, Fused):
-        return [_product(x, linear) for linear in linears]
-    return _split(_product(x, linears.linear), linears.rows)
+        return [_product(x, linear, most) for linear in linears]
+    return _split(_product(x, linears.linear, most), linears.rows)
 
 
 def _split(whole: Parts, rows: Sequence[int]) -> list[Parts]:
@@ -269,10 +333,10 @@ def _split(whole: Parts, rows: Sequence[int]) -> list[Parts]:
     return [Parts(*pair) for pair in zip(sums, biases, strict=True)]
 
 
-def _product(x: torch.Tensor, linear: Linear) -> Parts:
+def _product(x: torch.Tensor, linear: Linear, most: int) -> Parts:
     from quantkit.kernels.triton import launch
     from quantkit.kernels.triton.step import Parts
 
     if isinstance(linear.weight, TiledWeight):
-        return Parts(launch.parts(x, linear.weight.tiles), linear.bias)
+        return Parts(launch.parts(x, linear.weight.tiles, most), linear.bias)
     return Parts(linear(x)[None])  # cuBLAS adds the bias itself

@@ -38,8 +38,8 @@ class Decoder:
             `FUSED` lists there may be one matrix of that name.
         dtype: compute dtype.
         attention: `flash`, `math`, `native`, `sdpa`, or `auto` for the best there is on the weights' device.
-        fused: whether attention, and a decoded token, may take a path of quantkit's own where there is one; else
-            every step is an operator of PyTorch's, which is what an estimate describes.
+        fused: whether attention, and whole layers, may take a path of quantkit's own where there is one; else every
+            step is an operator of PyTorch's, which is what an estimate describes.
 
     Raises:
         BackendError: that attention cannot run here.
@@ -61,7 +61,9 @@ class Decoder:
         self.head = Linear(self.embedding) if config.tie_embeddings else self._linear("lm_head")
         self._frequencies = rope_frequencies(config).to(self.device)
         self.attention = choose_path(attention, self.device, dtype, config.head_dim, own=fused)
-        layers = Layers(config, self.embedding, self.blocks, self.norm, self.head, self._frequencies)
+        layers = Layers(
+            config, self.embedding, self.blocks, self.norm, self.head, self._frequencies, self.attention
+        )
         self._native = NativeDecoder.of(config, self.blocks, self.norm, dtype) if fused else None
         self._cuda = CudaDecoder.of(layers, dtype) if fused else None
 
@@ -91,7 +93,9 @@ class Decoder:
         tokens = ids.shape[1]
         cache.check_room(tokens)
         if self._cuda is not None and self._cuda.takes(ids, cache):
-            return self._cuda(ids, cache)[0].clone()[:, None]
+            if tokens > 1:
+                return self._cuda.prompt(ids, cache)
+            return self._cuda.token(ids, cache)[0].clone()[:, None]
         x = F.embedding(ids.contiguous(), self.embedding)  # (B, T, hidden); else it would copy them unseen
         cos, sin = rope_angles(self._frequencies, cache.length, tokens, self.dtype)
         if self._native is not None and self._native.takes(x, cache):
@@ -111,9 +115,9 @@ class Decoder:
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, cache: KVCache, chunk: int = 2048) -> torch.Tensor:
         """Run a prompt (B, T) in chunks and return the float32 logits (B, vocab) of its last token."""
-        if self._cuda is not None and self._cuda.takes(ids, cache):
+        if ids.shape[1] == 1 and self._cuda is not None and self._cuda.takes(ids, cache):
             cache.check_room(1)
-            return self._cuda(ids, cache)[1].float()
+            return self._cuda.token(ids, cache)[1].float()
         for piece in ids.split(chunk, dim=1):
             states = self.forward(piece, cache)
         return self.logits(states[:, -1])

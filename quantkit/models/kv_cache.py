@@ -125,7 +125,11 @@ class KVCache:
             self._store(layer, k, v)
             return keys, values
         self._store(layer, k, v)
-        stored = self._load(layer, self.keys(k.shape[2]))
+        return self.held(layer, self.keys(k.shape[2]))
+
+    def held(self, layer: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the first `count` slots of a layer hold: keys and values (B, n_kv_heads, count, head_dim)."""
+        stored = self._load(layer, count)
         return stored[0], stored[1]
 
     def advance(self, tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""What a decoded token needs beside its linears, against the operators: on a GPU, or in Triton's interpreter.
+"""What tokens need beside their linears, against the operators: on a GPU, or in Triton's interpreter.
 
 `test_step.py` runs this file in a process of its own, since Triton reads TRITON_INTERPRET when it is imported.
 """
@@ -37,7 +37,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def added(parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-    """Return (B, N) as an operator gives it: added in float32 in the order of the splits, rounded once."""
+    """Return (R, N) as an operator gives it: added in float32 in the order of the splits, rounded once."""
     total = parts.sums[0].float()
     for split in range(1, len(parts.sums)):
         total = total + parts.sums[split].float()
@@ -103,43 +103,51 @@ def test_swiglu_of_parts_that_are_views(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found, expected, rtol=4 * ROUNDING[dtype], atol=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("head_dim", "bits", "group"), CACHES)
-def test_heads_are_rotated_and_stored(head_dim: int, bits: int, group: int, dtype: torch.dtype) -> None:
-    slots, position = 7, 205  # rolled over
+def test_heads_are_rotated_and_stored(
+    head_dim: int, bits: int, group: int, dtype: torch.dtype, tokens: int
+) -> None:
+    slots, position = 7, 208  # rolled over, and over once more within three tokens
     made = make_step(head_dim, bits, group, dtype, slots, position)
     slab, before = (make_slab(head_dim, bits, group, dtype, slots) for _ in range(2))
     rows = [HEADS * head_dim, KV_HEADS * head_dim, KV_HEADS * head_dim]
     bias = randn(sum(rows), seed=7).to(dtype)
-    q, k, v = map(Parts, randn(2, B, sum(rows), seed=2).split(rows, dim=2), bias.split(rows))
+    q, k, v = map(Parts, randn(2, B * tokens, sum(rows), seed=2).split(rows, dim=2), bias.split(rows))
     queries = made.heads(q, k, v, slab)
 
-    heads = [added(parts, dtype).view(B, 1, -1, head_dim) for parts in (q, k, v)]
-    cos, sin = (table[position].repeat(2)[None, None] for table in (made.cosines, made.sines))
+    heads = [added(parts, dtype).view(B, tokens, -1, head_dim) for parts in (q, k, v)]
+    new = slice(position, position + tokens)
+    cos, sin = (table[new].repeat(1, 2)[:, None] for table in (made.cosines, made.sines))
     turned = [rotate(each.clone(), cos, sin) for each in heads[:2]]
     if bits < 16:
         rotations = head_rotation(head_dim, dtype, DEVICE)
         turned = [each @ rotation for each, rotation in zip(turned, rotations, strict=True)]
     # the Hadamard transform's sums are added in another order, which may turn a rounding
     rtol, atol = (0.0, 0.0) if bits == 16 else (2 * ROUNDING[dtype], 2 * ROUNDING[dtype])
-    torch.testing.assert_close(queries, turned[0][:, 0], rtol=rtol, atol=atol)
-    slot = position % slots
-    new = [turned[1].transpose(1, 2), heads[2].transpose(1, 2)]
+    torch.testing.assert_close(queries, turned[0].flatten(0, 1), rtol=rtol, atol=atol)
+    written = [at % slots for at in range(position, position + tokens)]
+    others = [at for at in range(slots) if at not in written]
     stored = [(slab.keys, slab.key_scales), (slab.values, slab.value_scales)]
-    for vectors, (codes, scales), old in zip(new, stored, (before.keys, before.values), strict=True):
-        others = [at for at in range(slots) if at != slot]
+    for vectors, (codes, scales), old in zip(
+        (turned[1].transpose(1, 2), heads[2].transpose(1, 2)),
+        stored,
+        (before.keys, before.values),
+        strict=True,
+    ):
         assert torch.equal(codes[:, :, others], old[:, :, others])
         if scales is None:
-            assert torch.equal(codes[:, :, slot], vectors[:, :, 0])
+            assert torch.equal(codes[:, :, written], vectors)
         else:
-            check_codes(codes[:, :, slot], scales[:, :, slot], vectors[:, :, 0], bits, group)
+            check_codes(codes[:, :, written], scales[:, :, written], vectors, bits, group)
 
 
 def check_codes(
     codes: torch.Tensor, scales: torch.Tensor, vectors: torch.Tensor, bits: int, group: int
 ) -> None:
     """The operators' codes and scales, but where a rounding of the transform, or two equal scales, decide."""
-    wanted = [each[:, :, 0] for each in quantize_vectors(vectors[:, :, None], bits, group, torch.float16)]
+    wanted = quantize_vectors(vectors, bits, group, torch.float16)
     differing = (scales != wanted[1]).any(dim=-1) | (codes != wanted[0]).any(dim=-1)
     assert differing.float().mean() <= 0.2
     out = torch.empty(vectors.shape, device=DEVICE)

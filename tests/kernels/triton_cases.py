@@ -122,8 +122,21 @@ def test_float32_keeps_its_precision(scheme: str) -> None:
 def test_dequantizing_gives_the_oracles_bits(scheme: QuantScheme) -> None:
     for shape, dtype in (((33, 192), torch.bfloat16), ((9, 301), torch.float16), ((5, 15), torch.float32)):
         weight = random_matrix(scheme, shape, torch.bfloat16)
-        found = launch.dequantize(kernels.pack([weight]).tiles, dtype)
-        assert torch.equal(found, reference.dequantize(weight, dtype))
+        packed, expected = kernels.pack([weight]).tiles, reference.dequantize(weight, dtype)
+        assert torch.equal(launch.dequantize(packed, dtype), expected)
+        rows = slice(1, shape[0] - 1)
+        assert torch.equal(launch.dequantize(packed, dtype, rows), expected[rows])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_many_rows_multiply_piece_by_piece(bias: bool) -> None:
+    weight, x = random_matrix(SCHEMES["int8"], (150, 96), torch.bfloat16), random_x(260, 96, torch.bfloat16)
+    added = torch.randn(150, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
+    packed, given = kernels.pack([weight]).tiles, added if bias else None
+    exact = x.double() @ reference.dequantize(weight).double().T + (added.double() if bias else 0.0)
+    for most in (1, 64 * 96, 150 * 96 - 1, 150 * 96):
+        error = (launch.linear(x, packed, given, most).double() - exact).abs()
+        assert (error <= bound(weight, x, exact)).all()
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4-g64-asym", "nf4-dq"])

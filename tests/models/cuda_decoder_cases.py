@@ -1,4 +1,4 @@
-"""A whole token by the CUDA kernels against the operators: on a GPU, or in Triton's interpreter.
+"""Whole tokens and prompts by the CUDA kernels against the operators: on a GPU, or in Triton's interpreter.
 
 `tests/kernels/test_step.py` runs this file in a process of its own: Triton reads TRITON_INTERPRET when imported.
 """
@@ -40,8 +40,29 @@ def test_every_token_is_the_operators(name: str) -> None:
         decode(make(scheme, torch.bfloat16, DEVICE, fused, **overrides), ids, 3, bits, group)
         for fused in (True, False)
     )
-    assert torch.equal(found[0], expected[0])
     assert distance(found, expected) <= RELATIVE[bits]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prompts_are_the_operators(name: str) -> None:
+    """Two chunks, of which the second sees the first, and what they leave in the cache."""
+    scheme, bits, group, batch, overrides = CASES[name]
+    ids = random_ids(batch, 9, DEVICE)
+    states, caches = [], []
+    for fused in (True, False):
+        window = {"sliding_window": 9} if "sliding_window" in overrides else {}
+        decoder = make(scheme, torch.bfloat16, DEVICE, fused, **overrides | window)
+        caches.append(decoder.new_cache(batch, 10, bits, group))
+        assert decoder._cuda is None or decoder._cuda.takes(ids, caches[-1])
+        chunks = [decoder.forward(piece, caches[-1]) for piece in (ids[:, :4], ids[:, 4:])]
+        states.append(torch.cat(chunks, dim=1).float())
+    assert states[0].shape == (batch, 9, 64)
+    assert distance(*states) <= RELATIVE[bits]
+    assert [cache.length for cache in caches] == [9, 9]
+    held = [torch.stack(cache.held(0, 9)).float() for cache in caches]
+    assert (
+        distance(*held) <= {16: 2.0**-7, 8: 2.0**-6, 4: 2.0**-2}[bits]
+    )  # a code on an edge may fall to either side
 
 
 def test_float16() -> None:
@@ -83,8 +104,15 @@ def test_what_it_does_not_take_runs_by_operators() -> None:
     assert not taken.takes(one, cache(bits=8, group=4))
     assert not taken.takes(one, cache(bits=32))
     assert not taken.takes(one, cache(batch=3))
-    assert not taken.takes(random_ids(2, 2, DEVICE), cache())
     assert not taken.takes(random_ids(65, 1, DEVICE), cache(batch=65))
+    assert taken.takes(random_ids(65, 2, DEVICE), cache(batch=65))
+    assert taken.takes(random_ids(2, 2, DEVICE), cache())
+    rolling = make("bf16", torch.bfloat16, DEVICE, sliding_window=3)
+    assert rolling._cuda is not None
+    assert rolling._cuda.takes(one, rolling.new_cache(2, 4))
+    assert rolling._cuda.takes(random_ids(2, 3, DEVICE), rolling.new_cache(2, 4))
+    assert not rolling._cuda.takes(random_ids(2, 4, DEVICE), rolling.new_cache(2, 4))
+    assert not rolling._cuda.takes(random_ids(2, 0, DEVICE), rolling.new_cache(2, 4))
     assert make("bf16", torch.float32, DEVICE)._cuda is None
     assert make("bf16", torch.bfloat16, DEVICE, fused=False)._cuda is None
     assert make("nf4", torch.bfloat16, DEVICE, hidden_size=96)._cuda is None  # blocks run across rows
@@ -105,6 +133,6 @@ def test_what_belongs_to_a_cache_goes_with_it() -> None:
     for cache in caches:
         decoder.prefill(random_ids(1, 1, DEVICE), cache)
     del cache
-    assert len(decoder._cuda._tokens) == 2
+    assert len(decoder._cuda._runs) == 2
     caches.pop()
-    assert len(decoder._cuda._tokens) == 1
+    assert len(decoder._cuda._runs) == 1

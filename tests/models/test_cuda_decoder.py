@@ -32,12 +32,12 @@ SCHEME_NAMES = ["bf16", "int8", "int4-g128", "nf4", "nf4-dq"]
 RELATIVE = {16: 2.0**-5, 8: 2.0**-4, 4: 2.0**-3}
 
 
-def embedded(scheme: str, device: str, dtype: str | None = None) -> Decoder:
+def embedded(scheme: str, device: str, dtype: str | None = None, backend: str = "auto") -> Decoder:
     path = embedded_path(EMBEDDED_MODEL)
     assert path is not None
     checkpoint = open_checkpoint(path)
     plan = plan_weights(checkpoint.config, SCHEMES[scheme]) if SCHEMES[scheme].quantized else None
-    return load(checkpoint, dtype, plan, device)
+    return load(checkpoint, dtype, plan, device, backend=backend)
 
 
 def text_ids(tokens: int) -> list[int]:
@@ -57,7 +57,7 @@ def by_operators(decoder: Decoder) -> Iterator[None]:
 
 def graph_of(decoder: Decoder, cache: KVCache) -> Any:
     assert decoder._cuda is not None
-    return decoder._cuda._tokens[cache]._graph
+    return decoder._cuda._runs[cache]._graph
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -74,6 +74,40 @@ def test_every_token_is_the_operators(scheme: str, kv_bits: int, batch: int) -> 
         best = expected.topk(2, dim=-1)
         near = best.values[..., 0] - best.values[..., 1] <= RELATIVE[16] * expected.abs().max()
         assert ((found.argmax(dim=-1) == best.indices[..., 0]) | near).all()
+
+
+@pytest.mark.parametrize("kv_bits", RELATIVE)
+@pytest.mark.parametrize("scheme", SCHEME_NAMES)
+def test_prompts_are_the_operators(scheme: str, kv_bits: int) -> None:
+    decoder = embedded(scheme, "cuda")
+    ids = torch.tensor(text_ids(2 * 700), device="cuda").view(2, 700)
+
+    def states() -> torch.Tensor:
+        cache = decoder.new_cache(2, 700, kv_bits)
+        return torch.cat([decoder.forward(piece, cache) for piece in ids.split(400, dim=1)], dim=1).float()
+
+    found = states()
+    with by_operators(decoder):
+        expected = states()
+    assert distance(found, expected) <= RELATIVE[kv_bits]
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "int8", "int4-g128", "nf4"])
+def test_a_prompt_takes_no_more_memory_than_an_estimate_says(scheme: str) -> None:
+    """By operators of the reference, that is; on top come cosines and sines of every position."""
+    tokens, peaks = 1200, []
+    ids = torch.tensor(text_ids(tokens), device="cuda")[None]
+    for backend in ("auto", "reference"):
+        decoder = embedded(scheme, "cuda", backend=backend)
+        decoder.prefill(ids, decoder.new_cache(1, tokens))  # libraries take what they take once
+        gc.collect()
+        cache = decoder.new_cache(1, tokens)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        decoder.prefill(ids, cache)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    tables = 2 * tokens * decoder.config.head_dim // 2 * decoder.dtype.itemsize
+    assert peaks[0] <= peaks[1] + tables + 4 * 512  # each tensor rounds up to 512 bytes; where a token stands
 
 
 def test_float16_and_long_contexts() -> None:
@@ -149,7 +183,7 @@ def test_memory_goes_with_the_cache() -> None:
         torch.cuda.synchronize()
         sizes.append(torch.cuda.memory_allocated())
     assert decoder._cuda is not None
-    assert len(decoder._cuda._tokens) == 0
+    assert len(decoder._cuda._runs) == 0
     assert sizes[1] == sizes[2] == sizes[3]
 
 

@@ -354,15 +354,16 @@ def sum_kernel(
 def dequantize_kernel(
     codes: tl.tensor, scales: tl.tensor, zeros: tl.tensor, nested: tl.tensor, offset: tl.tensor,
     codebook: tl.tensor, dynamic_map: tl.tensor, power: tl.tensor, out: tl.tensor, N: tl.tensor,
-    K: tl.tensor,
+    K: tl.tensor, start: tl.tensor, stop: tl.tensor,
     BITS: tl.constexpr, NF4: tl.constexpr, ZEROS: tl.constexpr, NESTED: tl.constexpr, GROUP: tl.constexpr,
     FLAT: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Write BLOCK_N rows of one tile in out's dtype: out (N, K). Program (row block, tile)."""
+    """Write rows from `start` to `stop` in out's dtype: out (stop - start, K). Program (BLOCK_N rows, tile)."""
     PER: tl.constexpr = 16 // BITS
     tile = tl.program_id(1)
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    lines = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    rows = start + lines
     inside = tl.minimum(rows, N - 1)
     span_at = tl.arange(0, _SPAN)[None, :]
     words = tl.load(codes + (tile * N + inside) * _TILE + tl.arange(0, _TILE)[None, :])
@@ -392,4 +393,4 @@ def dequantize_kernel(
         for i in tl.static_range(span * SPANS, (span + 1) * SPANS):
             columns = (tile * PER + i) * _SPAN + span_at
             values = _span(words, i, zero, codebook, power, BITS, NF4, INTERPRET) * scale
-            tl.store(out + rows * K + columns, values, mask=(rows < N) & (columns < K))
+            tl.store(out + lines * K + columns, values, mask=(rows < stop) & (columns < K))

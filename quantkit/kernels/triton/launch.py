@@ -9,44 +9,75 @@ import triton
 
 from calculators.units import ceil_div
 from quantkit.kernels.triton import kernels, row
+from quantkit.kernels.triton.arguments import INTERPRETED as INTERPRETED
 from quantkit.kernels.triton.arguments import (
-    INTERPRETED,
     grant_shared,
     matrix_arguments,
     matrix_constants,
     stored,
     tuned,
 )
+from quantkit.kernels.triton.launching import launch
 from quantkit.kernels.triton.layout import Tiles
 from quantkit.kernels.triton.tuning import Batch, Tuning
 
 SUM_BLOCK = 512  # sums a program of `sum_kernel`
 _SMALLEST_BLOCK = 8  # rows of x that the tensor cores take
+_PIECE_ROWS = 64  # of a matrix, of which a piece has a multiple
 
 
-def linear(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return x @ W.T + bias for contiguous x (M, K), in x's dtype."""
+def linear(
+    x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, most: int | None = None
+) -> torch.Tensor:
+    """Return x @ W.T + bias for contiguous x (M, K), in x's dtype.
+
+    Args:
+        x: as above.
+        matrix: W.
+        bias: (N,) or None.
+        most: elements that are dequantized at once, where they are; None for the whole matrix.
+    """
     with torch.cuda.device_of(x):
         if x.shape[0] == 0:
             return x.new_empty(0, matrix.rows)
         if takes(x, matrix):
             return _total(_parts(x, matrix, bias), bias, x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
-        return torch.nn.functional.linear(x, dequantize(matrix, x.dtype), bias)
+        pieces = 1 if most is None else ceil_div(matrix.rows * matrix.cols, most)
+        if pieces == 1:
+            return torch.nn.functional.linear(x, dequantize(matrix, x.dtype), bias)
+        out = x.new_empty(x.shape[0], matrix.rows)
+        step = ceil_div(matrix.rows, pieces * _PIECE_ROWS) * _PIECE_ROWS
+        for start in range(0, matrix.rows, step):
+            rows = slice(start, min(start + step, matrix.rows))
+            weight = dequantize(matrix, x.dtype, rows)
+            if bias is None:
+                torch.mm(x, weight.T, out=out[:, rows])
+            else:
+                torch.addmm(bias[rows], x, weight.T, out=out[:, rows])
+            del weight
+        return out
 
 
-def dequantize(matrix: Tiles, dtype: torch.dtype) -> torch.Tensor:
-    """Return the (N, K) matrix in `dtype`, computed in float32 and rounded once."""
+def dequantize(matrix: Tiles, dtype: torch.dtype, rows: slice | None = None) -> torch.Tensor:
+    """Return the (N, K) matrix, or some rows of it, in `dtype`, computed in float32 and rounded once."""
     chosen = tuned(matrix.codes.device)
-    out = torch.empty(matrix.rows, matrix.cols, dtype=stored(dtype), device=matrix.codes.device)
+    start, stop = (0, matrix.rows) if rows is None else (rows.start, rows.stop)
+    out = torch.empty(stop - start, matrix.cols, dtype=stored(dtype), device=matrix.codes.device)
     with torch.cuda.device_of(out):
-        kernels.dequantize_kernel[ceil_div(matrix.rows, chosen.dequantize_rows), matrix.codes.shape[0]](
-            *matrix_arguments(matrix, torch.float32),
-            kernels.POWER,
-            out,
-            matrix.rows,
-            matrix.cols,
-            **dequantize_constants(matrix, chosen),
+        launch(
+            kernels.dequantize_kernel,
+            (ceil_div(stop - start, chosen.dequantize_rows), matrix.codes.shape[0]),
+            (
+                *matrix_arguments(matrix, torch.float32),
+                kernels.POWER,
+                out,
+                matrix.rows,
+                matrix.cols,
+                start,
+                stop,
+            ),
+            dequantize_constants(matrix, chosen),
         )
     return out.to(dtype)
 
@@ -93,18 +124,19 @@ def sum_constants(splits: int, bias: bool) -> dict[str, Any]:
     return {"SPLITS": splits, "BIAS": bias, "BLOCK": SUM_BLOCK, "enable_fp_fusion": True}
 
 
-def parts(x: torch.Tensor, matrix: Tiles) -> torch.Tensor:
+def parts(x: torch.Tensor, matrix: Tiles, most: int | None = None) -> torch.Tensor:
     """Return x @ W.T without a bias as parts (splits, M, N), which add up in their order.
 
     Args:
         x: (M, K), contiguous, M > 0.
         matrix: W.
+        most: as in `linear`.
 
     Returns:
         float32, or one part in x's dtype.
     """
     with torch.cuda.device_of(x):
-        return _parts(x, matrix, None) if takes(x, matrix) else linear(x, matrix, None)[None]
+        return _parts(x, matrix, None) if takes(x, matrix) else linear(x, matrix, None, most)[None]
 
 
 def _parts(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
@@ -131,11 +163,14 @@ def takes(x: torch.Tensor, matrix: Tiles) -> bool:
 def _vector(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, chosen: Tuning) -> torch.Tensor:
     constants = vector_constants(matrix, chosen)
     out = _sums(x, matrix, constants["SPLIT_TILES"])
-    kernels.vector_kernel[ceil_div(matrix.rows, chosen.vector_rows), out.shape[0]](
-        x, *matrix_arguments(matrix, torch.float32), kernels.POWER, bias if out.shape[0] == 1 else None, out,
+    single = out.shape[0] == 1
+    arguments = (
+        x, *matrix_arguments(matrix, torch.float32), kernels.POWER, bias if single else None, out,
         matrix.rows, matrix.cols, matrix.codes.shape[0],
-        BIAS=bias is not None and out.shape[0] == 1, **constants,
     )  # fmt: skip
+    constants["BIAS"] = bias is not None and single
+    grid = ceil_div(matrix.rows, chosen.vector_rows), out.shape[0]
+    launch(kernels.vector_kernel, grid, arguments, constants)
     return out
 
 
@@ -149,9 +184,7 @@ def _batch(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, batch: Bat
         x.shape[0], matrix.rows, matrix.cols, matrix.codes.shape[0],
     )  # fmt: skip
     constants["BIAS"] = bias is not None and single
-    if matrix.nf4 and not INTERPRETED:
-        grant_shared(kernels.batch_kernel.warmup(*arguments, grid=grid, **constants))
-    kernels.batch_kernel[grid](*arguments, **constants)
+    launch(kernels.batch_kernel, grid, arguments, constants, grant_shared if matrix.nf4 else None)
     return out
 
 
@@ -175,12 +208,10 @@ def _total(parts: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -
     if parts.shape[0] == 1:
         return parts[0].to(dtype)
     out = torch.empty(parts.shape[1:], dtype=stored(dtype), device=parts.device)
-    kernels.sum_kernel[(ceil_div(out.numel(), SUM_BLOCK),)](
-        parts,
-        bias,
-        out,
-        out.numel(),
-        out.shape[1],
-        **sum_constants(parts.shape[0], bias is not None),
+    launch(
+        kernels.sum_kernel,
+        (ceil_div(out.numel(), SUM_BLOCK),),
+        (parts, bias, out, out.numel(), out.shape[1]),
+        sum_constants(parts.shape[0], bias is not None),
     )
     return out.to(dtype)

@@ -19,6 +19,7 @@ from quantkit.kernels.triton.arguments import (
     stored,
     tuned,
 )
+from quantkit.kernels.triton.launching import launch
 from quantkit.kernels.triton.layout import SPAN, TILE, Tiles
 from quantkit.kernels.triton.row_ptx import BLOCK
 from quantkit.kernels.triton.tuning import Row
@@ -170,4 +171,4 @@ def _launch(
         "RESIDUAL": squares is not None,
         **early(begins_early(like.device)),
     }
-    row_kernels.row_kernel[(matrix.rows // (BLOCK * fixed["PARTS"]),)](*given, **fixed)
+    launch(row_kernels.row_kernel, (matrix.rows // (BLOCK * fixed["PARTS"]),), given, fixed)

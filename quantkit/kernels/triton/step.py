@@ -1,7 +1,7 @@
-"""The launches of what a decoded token needs beside its linears. Importing this imports Triton.
+"""The launches of what tokens need beside their linears. Importing this imports Triton.
 
-B sequences with one new token each. A linear comes as parts (splits, B, N), to be added in the order of the splits,
-and its bias where that is left to add.
+B sequences with T new tokens each, R = B T rows; a decoded token, T = 1, has attention of its own. A linear comes as
+parts (splits, R, N), to be added in the order of the splits, and its bias where that is left to add.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton
 from calculators.units import ceil_div
 from quantkit.kernels.triton import attention_kernels, step_kernels
 from quantkit.kernels.triton.arguments import INTERPRETED, early
+from quantkit.kernels.triton.launching import launch
 from quantkit.quantize.vectors import rotation_factors
 
 _TENSOR_CORES = 16  # rows that they take at least
@@ -25,6 +26,7 @@ _FULL = 0.95  # share of such a wave, or of the last of several, that is worth n
 _MOST_SPLITS = 64
 _BLOCK = {16: 64, 8: 64, 4: 128}  # keys that a program reads at once
 _USUAL_HEAD = 128  # elements
+_FEW_ROWS = 64
 _WORD_BITS = (32, 16, 8)
 _WORDS = {32: torch.int32, 16: torch.int16, 8: torch.uint8}
 
@@ -34,7 +36,7 @@ class Parts:
     """A linear's result before it is added up.
 
     Attributes:
-        sums: (splits, B, N), float32 or the compute dtype; the columns of one row lie together.
+        sums: (splits, R, N), float32 or the compute dtype; the columns of one row lie together.
         bias: (N,), None where there is none left to add.
     """
 
@@ -66,12 +68,11 @@ class Slab:
 
 
 def norm(x: torch.Tensor, parts: Parts | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Add a linear to x (B, hidden) in place, and return the RMSNorm of that."""
+    """Add a linear to x (R, hidden) in place, and return the RMSNorm of that."""
     out = torch.empty_like(x)
-    step_kernels.norm_kernel[(x.shape[0],)](
-        x, None if parts is None else parts.sums, None if parts is None else parts.bias, weight, out, eps,
-        **norm_constants(x.shape[1], 0 if parts is None else parts.sums.shape[0]),
-    )  # fmt: skip
+    sums, bias = (None, None) if parts is None else (parts.sums, parts.bias)
+    constants = norm_constants(x.shape[1], 0 if sums is None else sums.shape[0])
+    launch(step_kernels.norm_kernel, (x.shape[0],), (x, sums, bias, weight, out, eps), constants)
     return out
 
 
@@ -88,25 +89,28 @@ def norm_constants(width: int, splits: int) -> dict[str, Any]:
 
 
 def swiglu(gate: Parts, up: Parts, dtype: torch.dtype) -> torch.Tensor:
-    """Return silu(gate) * up (B, ffn)."""
-    _, batch, width = gate.sums.shape
-    out = torch.empty(batch, width, dtype=dtype, device=gate.sums.device)
-    constants = swiglu_constants(gate.sums.shape[0], up.sums.shape[0])
-    step_kernels.swiglu_kernel[ceil_div(width, constants["BLOCK"]), batch](
+    """Return silu(gate) * up (R, ffn), in the place of `gate` where that is whole."""
+    splits, rows, width = gate.sums.shape
+    if splits == 1 and gate.sums.dtype == dtype and gate.sums.is_contiguous():
+        out = gate.sums[0]
+    else:
+        out = torch.empty(rows, width, dtype=dtype, device=gate.sums.device)
+    constants = swiglu_constants(splits, up.sums.shape[0], rows)
+    arguments = (
         gate.sums, up.sums, gate.bias, up.bias, out, gate.sums.stride(1), up.sums.stride(1), width,
-        **constants,
     )  # fmt: skip
+    launch(step_kernels.swiglu_kernel, (rows, ceil_div(width, constants["BLOCK"])), arguments, constants)
     return out
 
 
-def swiglu_constants(gate_splits: int, up_splits: int) -> dict[str, Any]:
-    """Return the compile-time arguments of `swiglu_kernel`."""
+def swiglu_constants(gate_splits: int, up_splits: int, rows: int) -> dict[str, Any]:
+    """Return the compile-time arguments of `swiglu_kernel`: programs of few elements until there are many rows."""
     return {
         "GATE_SPLITS": gate_splits,
         "UP_SPLITS": up_splits,
-        "BLOCK": 256,
+        "BLOCK": 256 if rows <= _FEW_ROWS else 1024,
         "INTERPRET": INTERPRETED,
-        "num_warps": 2,
+        "num_warps": 2 if rows <= _FEW_ROWS else 4,
         "enable_fp_fusion": True,
     }
 
@@ -126,8 +130,8 @@ class Step:
         dtype: compute dtype, bfloat16 or float16.
         cosines: (positions, head_dim / 2), in the compute dtype.
         sines: likewise.
-        position: int64 (1,), the new token's; on the device.
-        early: whether kernels begin before the one ahead has ended, which lets the next one do so.
+        position: int64 (1,), the first new token's; on the device.
+        early: whether a decoded token's kernels begin before the one ahead has ended, which lets the next one do so.
     """
 
     batch: int
@@ -156,23 +160,29 @@ class Step:
         return next((splits for splits in range(1, most) if fill(splits) >= _FULL), most)
 
     def heads(self, q: Parts, k: Parts, v: Parts, slab: Slab) -> torch.Tensor:
-        """Return queries (B, n_heads, head_dim), and write keys and values to the slot of the new token."""
-        queries = torch.empty(self.batch, self.n_heads, self.head_dim, dtype=self.dtype, device=q.sums.device)
-        constants = self.heads_constants(q.sums.shape[0], k.sums.shape[0], v.sums.shape[0])
-        step_kernels.heads_kernel[self.batch * self.n_heads, 3](
+        """Return queries (R, n_heads, head_dim), and write keys and values to the slots of the new tokens.
+
+        Positions beyond the last slot go on from the first; no two tokens of a sequence may meet there.
+        """
+        rows = q.sums.shape[1]
+        queries = torch.empty(rows, self.n_heads, self.head_dim, dtype=self.dtype, device=q.sums.device)
+        constants = self.heads_constants(q.sums.shape[0], k.sums.shape[0], v.sums.shape[0], rows)
+        arguments = (
             q.sums, k.sums, v.sums, q.bias, k.bias, v.bias,
             q.sums.stride(1), k.sums.stride(1), v.sums.stride(1), self.cosines, self.sines, self.position,
             queries, slab.keys, slab.values, slab.key_scales, slab.value_scales,
-            self.slots, self.batch, **constants,
+            self.slots, rows // self.batch,
         )  # fmt: skip
+        heads = self.n_heads + 2 * self.n_kv_heads
+        launch(step_kernels.heads_kernel, (rows * heads,), arguments, constants)
         return queries
 
-    def heads_constants(self, q_splits: int, k_splits: int, v_splits: int) -> dict[str, Any]:
+    def heads_constants(self, q_splits: int, k_splits: int, v_splits: int, rows: int) -> dict[str, Any]:
         """Return the compile-time arguments of `heads_kernel`."""
         block = triton.next_power_of_2(self.head_dim)
         order = self.head_dim & -self.head_dim if self.groups else 1
         q_factor, k_factor = rotation_factors(order)
-        return early(self.early) | {
+        return early(self.early and rows == self.batch) | {
             "Q_SPLITS": q_splits,
             "K_SPLITS": k_splits,
             "V_SPLITS": v_splits,
@@ -197,14 +207,14 @@ class Step:
         kv_heads, shared = self.batch * self.n_kv_heads, self.n_heads // self.n_kv_heads
         sums = torch.empty(kv_heads, self.splits, shared, self.head_dim, device=device)
         stats = torch.empty(kv_heads, self.splits, 2, constants["ROWS"], device=device)
-        attention_kernels.attention_kernel[self.splits, kv_heads](
+        arguments = (
             queries, self._words(slab.keys), self._words(slab.values), slab.key_scales, slab.value_scales,
-            self.position, sums, stats, self.slots, 1 / math.sqrt(self.head_dim), **constants,
+            self.position, sums, stats, self.slots, 1 / math.sqrt(self.head_dim),
         )  # fmt: skip
+        launch(attention_kernels.attention_kernel, (self.splits, kv_heads), arguments, constants)
         out = torch.empty(self.batch, self.n_heads * self.head_dim, dtype=self.dtype, device=device)
-        attention_kernels.combine_kernel[shared, kv_heads](
-            sums, stats, self.position, out, self.slots, self.splits, **self.combine_constants()
-        )
+        combined = sums, stats, self.position, out, self.slots, self.splits
+        launch(attention_kernels.combine_kernel, (shared, kv_heads), combined, self.combine_constants())
         return out
 
     def attention_constants(self) -> dict[str, Any]:

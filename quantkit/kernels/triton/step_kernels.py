@@ -1,8 +1,8 @@
-"""What a decoded token needs beside its linears, for CUDA and for Triton's interpreter. Importing this imports Triton.
+"""What tokens need beside their linears, for CUDA and for Triton's interpreter. Importing this imports Triton.
 
-B sequences with one new token each; D elements of a head. Every linear comes as parts (splits, B, N), which are added
-in the order of the splits, with its bias, and rounded to the compute dtype: what the operators of
-`models/decoder.py` round, these kernels round at the same places. Attention alone keeps float32 until its result.
+B sequences with T new tokens each, R = B T rows. Every linear comes as parts (splits, R, N), which are added in the
+order of the splits, with its bias, and rounded to the compute dtype: what the operators of `models/decoder.py` round,
+these kernels round at the same places. Attention alone keeps float32 until its result.
 
 Where the token stands is read from device memory, so that one CUDA graph serves every position.
 
@@ -80,16 +80,16 @@ def norm_kernel(
     x: tl.tensor, parts: tl.tensor, bias: tl.tensor, weight: tl.tensor, out: tl.tensor, eps: tl.tensor,
     SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Add a linear to a row of x (B, WIDTH) in place, and write its RMSNorm. SPLITS is 0 where there is none to add."""
+    """Add a linear to a row of x (R, WIDTH) in place, and write its RMSNorm. SPLITS is 0 where there is none to add."""
     dtype: tl.constexpr = x.dtype.element_ty
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < WIDTH
     at = row * WIDTH + columns
     values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     weights = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
     if SPLITS > 0:
-        count = tl.num_programs(0) * WIDTH
+        count = tl.num_programs(0).to(tl.int64) * WIDTH
         added = _total(parts, bias, at, columns, mask, count, dtype, SPLITS, INTERPRET)
         values = _rounded(values + added, dtype, INTERPRET)
         tl.store(x + at, values, mask=mask)
@@ -111,10 +111,10 @@ def swiglu_kernel(
     gate_stride: tl.tensor, up_stride: tl.tensor, width: tl.tensor,
     GATE_SPLITS: tl.constexpr, UP_SPLITS: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Write silu(gate) * up (B, width) of parts whose rows lie so many elements apart. Program (block, row)."""
+    """Write silu(gate) * up (R, width) of parts whose rows lie so many elements apart. Program (row, block)."""
     dtype: tl.constexpr = out.dtype.element_ty
-    row, rows = tl.program_id(1), tl.num_programs(1)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     gates = _total(
         gate, gate_bias, row * gate_stride + columns, columns, mask, rows * gate_stride,
@@ -188,42 +188,38 @@ def _store_codes(
 
 @triton.jit
 def _head(
-    parts: tl.tensor, bias: tl.tensor, stride: tl.tensor, cosines: tl.tensor, sines: tl.tensor,
-    position: tl.tensor, out: tl.tensor, scales: tl.tensor, slot: tl.tensor, slots: tl.tensor,
-    batch: tl.tensor,
-    dtype: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, ROPE: tl.constexpr, ORDER: tl.constexpr, STAGES: tl.constexpr,
-    FACTOR: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, INTERPRET: tl.constexpr,
+    parts: tl.tensor, bias: tl.tensor, stride: tl.tensor, head: tl.tensor, row: tl.tensor, rows: tl.tensor,
+    cosines: tl.tensor, sines: tl.tensor, position: tl.tensor, out: tl.tensor, scales: tl.tensor, at: tl.tensor,
+    dtype: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROPE: tl.constexpr,
+    ORDER: tl.constexpr, STAGES: tl.constexpr, FACTOR: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Finish one of the B * HEADS heads that a linear gave, and write it to its slot in `out`.
+    """Finish one head of one of a linear's rows, and write it to place `at` of `out`.
 
     RoPE where ROPE; then the Hadamard matrix of ORDER times FACTOR; then codes of BITS where that is less than 16.
     """
     HALF: tl.constexpr = WIDTH // 2
-    head = tl.program_id(0)
-    if head < batch * HEADS:  # of keys and values there are fewer than of queries
-        places = tl.arange(0, BLOCK)
-        inside = places < WIDTH
-        columns = (head % HEADS) * WIDTH + places
-        start = (head // HEADS) * stride
-        count = batch * stride
-        x = _total(parts, bias, start + columns, columns, inside, count, dtype, SPLITS, INTERPRET)
-        if ROPE:
-            behind = places >= HALF
-            columns += tl.where(behind, -HALF, HALF)
-            other = _total(parts, bias, start + columns, columns, inside, count, dtype, SPLITS, INTERPRET)
-            angle = position * HALF + tl.where(behind, places - HALF, places)
-            cosine = tl.load(cosines + angle, mask=inside, other=0.0).to(tl.float32)
-            sine = tl.load(sines + angle, mask=inside, other=0.0).to(tl.float32)
-            turned = _rounded(tl.where(behind, other, -other) * sine, dtype, INTERPRET)
-            x = _rounded(_rounded(x * cosine, dtype, INTERPRET) + turned, dtype, INTERPRET)
-        if ORDER > 1:
-            x = _rounded(_hadamard(x, BLOCK, ORDER, STAGES) * FACTOR, dtype, INTERPRET)
-        at = head.to(tl.int64) * slots + slot
-        if BITS < 16:
-            _store_codes(x, out, scales, at, BITS, GROUP, WIDTH, BLOCK)
-        else:
-            tl.store(out + at * WIDTH + places, x, mask=inside)
+    places = tl.arange(0, BLOCK)
+    inside = places < WIDTH
+    columns = head * WIDTH + places
+    start = row * stride
+    count = rows * stride
+    x = _total(parts, bias, start + columns, columns, inside, count, dtype, SPLITS, INTERPRET)
+    if ROPE:
+        behind = places >= HALF
+        columns += tl.where(behind, -HALF, HALF)
+        other = _total(parts, bias, start + columns, columns, inside, count, dtype, SPLITS, INTERPRET)
+        angle = position * HALF + tl.where(behind, places - HALF, places)
+        cosine = tl.load(cosines + angle, mask=inside, other=0.0).to(tl.float32)
+        sine = tl.load(sines + angle, mask=inside, other=0.0).to(tl.float32)
+        turned = _rounded(tl.where(behind, other, -other) * sine, dtype, INTERPRET)
+        x = _rounded(_rounded(x * cosine, dtype, INTERPRET) + turned, dtype, INTERPRET)
+    if ORDER > 1:
+        x = _rounded(_hadamard(x, BLOCK, ORDER, STAGES) * FACTOR, dtype, INTERPRET)
+    if BITS < 16:
+        _store_codes(x, out, scales, at, BITS, GROUP, WIDTH, BLOCK)
+    else:
+        tl.store(out + at * WIDTH + places, x, mask=inside)
 
 
 @triton.jit
@@ -231,33 +227,41 @@ def heads_kernel(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, q_bias: tl.tensor, k_bias: tl.tensor, v_bias: tl.tensor,
     q_stride: tl.tensor, k_stride: tl.tensor, v_stride: tl.tensor, cosines: tl.tensor, sines: tl.tensor,
     position: tl.tensor, queries: tl.tensor, keys: tl.tensor, values: tl.tensor, key_scales: tl.tensor,
-    value_scales: tl.tensor, slots: tl.tensor, batch: tl.tensor,
+    value_scales: tl.tensor, slots: tl.tensor, tokens: tl.tensor,
     Q_SPLITS: tl.constexpr, K_SPLITS: tl.constexpr, V_SPLITS: tl.constexpr, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ORDER: tl.constexpr,
     STAGES: tl.constexpr, Q_FACTOR: tl.constexpr, K_FACTOR: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, INTERPRET: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Write queries (B, HEADS, WIDTH), and keys and values to the token's slot. Program (head, q, k or v).
+    """Write queries (B, T, HEADS, WIDTH), and keys and values to their tokens' slots. Program (token, head).
 
-    A head's elements are WIDTH; BLOCK is the next power of two, GROUP what shares a scale, padded likewise.
+    The heads of a token's queries, keys and values follow each other. A head's elements are WIDTH; BLOCK is the next
+    power of two, GROUP what shares a scale, padded likewise.
     """
     _follow(EARLY)
+    ALL: tl.constexpr = HEADS + 2 * KV_HEADS
     dtype: tl.constexpr = queries.dtype.element_ty
-    kind = tl.program_id(1)
-    here = tl.load(position).to(tl.int32)
-    slot = here % slots
-    if kind == 0:
+    row, head = tl.program_id(0) // ALL, tl.program_id(0) % ALL
+    here = tl.load(position).to(tl.int32) + row % tokens
+    sequence, slot = (row // tokens).to(tl.int64), here % slots
+    row, rows = row.to(tl.int64), (tl.num_programs(0) // ALL).to(tl.int64)
+    if head < HEADS:
+        at = row * HEADS + head
         _head(
-            q, q_bias, q_stride, cosines, sines, here, queries, key_scales, 0, 1, batch, dtype, Q_SPLITS,
-            HEADS, WIDTH, BLOCK, True, ORDER, STAGES, Q_FACTOR, 16, GROUP, INTERPRET,
+            q, q_bias, q_stride, head, row, rows, cosines, sines, here, queries, key_scales, at, dtype,
+            Q_SPLITS, WIDTH, BLOCK, True, ORDER, STAGES, Q_FACTOR, 16, GROUP, INTERPRET,
         )  # fmt: skip
-    elif kind == 1:
+    elif head < HEADS + KV_HEADS:
+        head -= HEADS
+        at = (sequence * KV_HEADS + head) * slots + slot
         _head(
-            k, k_bias, k_stride, cosines, sines, here, keys, key_scales, slot, slots, batch, dtype, K_SPLITS,
-            KV_HEADS, WIDTH, BLOCK, True, ORDER, STAGES, K_FACTOR, BITS, GROUP, INTERPRET,
+            k, k_bias, k_stride, head, row, rows, cosines, sines, here, keys, key_scales, at, dtype, K_SPLITS,
+            WIDTH, BLOCK, True, ORDER, STAGES, K_FACTOR, BITS, GROUP, INTERPRET,
         )  # fmt: skip
     else:
+        head -= HEADS + KV_HEADS
+        at = (sequence * KV_HEADS + head) * slots + slot
         _head(
-            v, v_bias, v_stride, cosines, sines, here, values, value_scales, slot, slots, batch, dtype,
-            V_SPLITS, KV_HEADS, WIDTH, BLOCK, False, 1, 0, 1.0, BITS, GROUP, INTERPRET,
+            v, v_bias, v_stride, head, row, rows, cosines, sines, here, values, value_scales, at, dtype,
+            V_SPLITS, WIDTH, BLOCK, False, 1, 0, 1.0, BITS, GROUP, INTERPRET,
         )  # fmt: skip
