@@ -240,7 +240,7 @@ class TestPtx:
             for thread in range(64):
                 machine.run(unpack_ptx.nf4_table(dtype), [1 << 40], thread)
             assert len(machine.shared) == 256 * 32, "not all of the table is written"
-        program = unpack_ptx.nf4() if nf4 else unpack_ptx.integers(bits, dtype)
+        program = unpack_ptx.nf4(dtype) if nf4 else unpack_ptx.integers(bits, dtype)
         expected = codebook if nf4 else (torch.arange(2.0**bits) - 2 ** (bits - 1)).to(dtype)
         codes = torch.arange(2**bits).repeat(2 * per, 1)  # each code everywhere, beside others
         codes = torch.stack([row.roll(3 * at) for at, row in enumerate(codes)], dim=1).view(-1, 2, per)
@@ -250,10 +250,49 @@ class TestPtx:
             halves = torch.tensor([[value & 0xFFFF, value >> 16] for value in found]).to(torch.uint16)
             assert torch.equal(halves.view(dtype).T, expected[torch.tensor(pair)])
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("scales", [1, 2, 4])
+    @pytest.mark.parametrize("lane", [3, 5])  # of an even row and of an odd one
+    @pytest.mark.parametrize("nf4", [False, True])
+    def test_every_code_times_its_groups_scale(
+        self, nf4: bool, lane: int, scales: int, dtype: torch.dtype
+    ) -> None:
+        codebook = torch.tensor(NF4_CODEBOOK).to(dtype)
+        machine = Machine(codebook.float().tolist(), lane)
+        if nf4:
+            for thread in range(64):
+                machine.run(unpack_ptx.nf4_table(dtype), [1 << 40], thread)
+        program = unpack_ptx.nf4(dtype, scales) if nf4 else unpack_ptx.integers(4, dtype, scales)
+        factors = torch.linspace(0.3, 1.9, 2 * scales).view(scales, 2)  # of an even row and of the next
+        if nf4:
+            factors = factors[:, :1].expand(-1, 2)
+            given = factors[:, 0].contiguous().view(torch.int32).tolist()
+        else:
+            factors = factors.to(dtype).float()
+            given = [low | high << 16 for low, high in factors.to(dtype).view(torch.uint16).tolist()]
+        operands = [each for each in given for _ in range(2)][:-1]  # the last of them is in no instruction
+        values = codebook if nf4 else (torch.arange(16.0) - 8).to(dtype)
+        for code in range(16):
+            pair = [[(code + 5 * side + 3 * i) % 16 for i in range(4)] for side in range(2)]
+            places = [(pair[side][i], place(4, nf4, i, side)) for side in range(2) for i in range(4)]
+            word = sum(each << 4 * at for each, at in places)
+            found = machine.run(program, [0, 0, 0, 0, word, *operands])[:4]
+            halves = torch.tensor([[value & 0xFFFF, value >> 16] for value in found]).to(torch.uint16)
+            scale = factors[:, lane // 4 % 2].repeat_interleave(4 // scales)
+            assert torch.equal(halves.view(dtype).T, (values[torch.tensor(pair)].float() * scale).to(dtype))
+
     def test_constraints_are_of_the_operands(self) -> None:
-        for bits, program in ((8, unpack_ptx.integers(8, torch.bfloat16)), (4, unpack_ptx.nf4())):
+        for bits, program in (
+            (8, unpack_ptx.integers(8, torch.bfloat16)),
+            (4, unpack_ptx.nf4(torch.float16)),
+        ):
             operands = set(re.findall(r"\$\d+", program))
-            assert operands == {f"${i}" for i in range(len(unpack_ptx.CONSTRAINTS[bits].split(",")))}
+            assert operands == {f"${i}" for i in range(len(unpack_ptx.constraints(bits).split(",")))}
+        for scales in (1, 2, 4):
+            program = unpack_ptx.integers(4, torch.bfloat16, scales)
+            used = {int(each) for each in re.findall(r"\$(\d+)", program)}
+            assert used == {*range(5), *range(5, 5 + 2 * scales, 2)}
+            assert unpack_ptx.constraints(4, scales) == ",".join(["=r"] * 4 + ["r"] * (1 + 2 * scales))
 
 
 class Machine:
@@ -271,7 +310,7 @@ class Machine:
 
     def run(self, program: str, operands: list[int], thread: int = 0) -> list[int]:
         """Return what $0, $1, ... hold after a program; `operands` are what its last ones hold before."""
-        count = len(set(re.findall(r"\$\d+", program)))
+        count = 1 + max(map(int, re.findall(r"\$(\d+)", program)))
         held: dict[str, int] = {
             f"${count - len(operands) + at}": value for at, value in enumerate(operands)
         } | {"%tid.x": thread, "%ntid.x": 64, "%laneid": self.lane, "quantkit_nf4_table": self.TABLE}
@@ -296,16 +335,32 @@ class Machine:
                 assert address not in self.shared or self.shared[address] == value(word)
                 self.shared[address] = value(word)
             return
+        if operands[0].startswith("{"):
+            low, high, both = operands[0].strip("{"), operands[1].strip("}"), value(operands[2])
+            held[low], held[high] = both & 0xFFFF, both >> 16
+            return
         into, (first, *rest) = operands[0], [value(operand) for operand in operands[1:]]
         if name == "ld":
             shared = "shared" in kind
-            held[into] = self.shared[first - self.TABLE] if shared else (first - (1 << 40)) // 4
-        elif name == "cvt":  # `ld` gave the codes, whose values meet here
+            held[into] = (
+                self.shared[first - self.TABLE] if shared else bits(self.codebook[(first - (1 << 40)) // 4])
+            )
+        elif name == "cvt" and kind == ["f32", "f16"]:
+            held[into] = bits(torch.tensor(first).to(torch.uint16).view(torch.float16).item())
+        elif name == "cvt":
             dtype = torch.bfloat16 if "bf16x2" in kind else torch.float16
-            pair = torch.tensor([self.codebook[rest[0]], self.codebook[first]]).to(dtype).view(torch.uint16)
+            pair = torch.tensor([single(rest[0]), single(first)]).to(dtype).view(torch.uint16)
             held[into] = int(pair[0]) | int(pair[1]) << 16
         elif name == "fma":
             held[into] = multiply_add(first, *rest, "bf16x2" in kind)
+        elif name == "mul" and "f32" in kind:
+            held[into] = bits((torch.tensor(single(first)) * torch.tensor(single(rest[0]))).item())
+        elif name == "mul":
+            held[into] = multiply_add(first, rest[0], 0, "bf16x2" in kind)
+        elif name == "prmt":
+            both = first | rest[0] << 32
+            chosen = [both >> 8 * (rest[1] >> 4 * at & 7) & 0xFF for at in range(4)]
+            held[into] = sum(byte << 8 * at for at, byte in enumerate(chosen))
         elif name == "lop3":
             held[into] = logic(first, *rest)
         else:
@@ -318,6 +373,16 @@ class Machine:
                 "mad": lambda: first * rest[0] + rest[1],
                 "setp": lambda: int(first < rest[0]),
             }[name]()
+
+
+def bits(value: float) -> int:
+    """Return the bits of a float32."""
+    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32)) & 0xFFFFFFFF
+
+
+def single(held: int) -> float:
+    """Return the float32 of some bits."""
+    return float(torch.tensor(held).to(torch.uint32).view(torch.float32))
 
 
 def logic(a: int, b: int, c: int, table: int) -> int:

@@ -7,7 +7,7 @@ import itertools
 import re
 import subprocess
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from quantkit.kernels.triton.layout import Tiles, tiles
-from quantkit.kernels.triton.tuning import FAMILIES
+from quantkit.kernels.triton.tuning import FAMILIES, Batch
 from quantkit.schemes import SCHEMES
 from quantkit.tensor import empty_quantized
 from tests.paths import ROOT
@@ -144,6 +144,40 @@ def check(
         assert "convert_layout" not in found.layouts.partition("tt.reduce")[0]
 
 
+LARGE = Batch(512, rows=256, warps=16, stages=3, programs=132, lines=128, scaled=True)
+
+
+@pytest.mark.parametrize("scheme", ["int4-g128", "int4-g32", "nf4"])
+def test_scales_meet_weights_in_registers(scheme: str) -> None:
+    check_scaled(scheme, LARGE, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scheme", ["int4-g128", "int4-g64", "int4-g32", "nf4"])
+@pytest.mark.parametrize(
+    "batch",
+    [replace(LARGE, warps=8), replace(LARGE, rows=128, warps=8), replace(LARGE, lines=64)],
+    ids=["8-warps", "128-rows", "64-lines"],
+)
+def test_other_launches_with_scaled_weights(batch: Batch, scheme: str, dtype: torch.dtype) -> None:
+    check_scaled(scheme, batch, dtype)
+
+
+def check_scaled(scheme: str, batch: Batch, dtype: torch.dtype) -> None:
+    matrix = tiles(empty_quantized((28672, 4096), SCHEMES[scheme], dtype, "cpu"))
+    found = compiled("batch_kernel", 90, matrix, 512, dtype, batch)
+    assert found.constants["SCALED"]
+    assert found.usage["STACK"] == found.usage["LOCAL"] == 0, "registers spill"
+    assert found.shared_bytes + found.usage["SHARED"] <= SHARED_BYTES[90]
+    assert found.count("HGMMA") > 0
+    assert found.count("LDGSTS.E") > found.count("LDGSTS.E.BYPASS.128") > 0, (
+        "scales are not copied ahead of time"
+    )
+    # the result's, to be stored; a weight's would go through shared memory
+    assert found.layouts.count("ttg.convert_layout") <= 1
+
+
 def test_the_second_pass_compiles_for_every_family() -> None:
     from quantkit.kernels.triton import kernels, launch
 
@@ -232,17 +266,19 @@ def compiled_row(matrix: Tiles, dtype: torch.dtype, halves: bool, normed: bool, 
     return build(row_kernels.row_kernel, 90, types, constants, numbers)
 
 
-def compiled(kernel: str, capability: int, matrix: Tiles, rows: int, dtype: torch.dtype) -> Compiled:
-    """Compile a kernel as `launch.py` would launch it on a GPU of this capability."""
+def compiled(
+    kernel: str, capability: int, matrix: Tiles, rows: int, dtype: torch.dtype, batch: Batch | None = None
+) -> Compiled:
+    """Compile a kernel as `launch.py` would launch it on a GPU of this capability, or as `batch` says."""
     from quantkit.kernels.triton import kernels, launch
 
     chosen = FAMILIES[capability]
     if kernel == "vector_kernel":
         constants = launch.vector_constants(matrix, chosen) | {"BIAS": False}
     elif kernel == "batch_kernel":
-        batch = chosen.batch(matrix.kind, rows)
+        batch = batch or chosen.batch(matrix.kind, rows)
         assert batch is not None
-        constants = launch.batch_constants(matrix, batch, rows) | {"BIAS": False}
+        constants = launch.batch_constants(matrix, batch, rows, dtype) | {"BIAS": False}
     else:
         constants = launch.dequantize_constants(matrix, chosen)
     split = constants.get("SPLIT_TILES", matrix.codes.shape[0]) < matrix.codes.shape[0]

@@ -15,7 +15,7 @@ import torch
 from quantkit.kernels import ops, reference
 from quantkit.kernels import triton as kernels
 from quantkit.kernels.triton import launch
-from quantkit.kernels.triton.tuning import FAMILIES
+from quantkit.kernels.triton.tuning import FAMILIES, Batch
 from quantkit.quantize import quantize
 from quantkit.quantize.nf4 import NF4_CODEBOOK
 from quantkit.schemes import SCHEMES, QuantScheme, int_scheme, nf4_scheme
@@ -74,9 +74,14 @@ def bound(weight: QuantizedTensor, x: torch.Tensor, exact: torch.Tensor) -> torc
         allowed = allowed + ROUNDING[x.dtype] * magnitude
         allowed = allowed + SMALLEST[x.dtype] * x.double().abs().sum(dim=-1, keepdim=True)
     elif nf4 and x.dtype != torch.float32:
-        codebook = torch.tensor([value for value in NF4_CODEBOOK if value], dtype=torch.float64)
-        allowed = allowed + ((codebook.to(x.dtype) - codebook) / codebook).abs().max().item() * magnitude
+        allowed = allowed + codebook_rounding(x.dtype) * magnitude
     return allowed + 1e-30
+
+
+def codebook_rounding(dtype: torch.dtype) -> float:
+    """Return the greatest relative error of NF4's values in a dtype."""
+    codebook = torch.tensor([value for value in NF4_CODEBOOK if value], dtype=torch.float64)
+    return ((codebook.to(dtype) - codebook) / codebook).abs().max().item()
 
 
 def check(weight: QuantizedTensor, x: torch.Tensor, found: torch.Tensor) -> None:
@@ -126,6 +131,29 @@ def test_dequantizing_gives_the_oracles_bits(scheme: QuantScheme) -> None:
         assert torch.equal(launch.dequantize(packed, dtype), expected)
         rows = slice(1, shape[0] - 1)
         assert torch.equal(launch.dequantize(packed, dtype, rows), expected[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "scheme", ["int8", "int4-g128", "int4-g64", "int4-g32", "int4-g128-asym", "nf4", "nf4-dq"]
+)
+def test_scales_meet_the_weights_where_they_can(scheme: str, dtype: torch.dtype) -> None:
+    for shape, programs in (
+        ((36, 640), 1),
+        ((33, 192), 4),
+    ):  # K whole or split; the last row without a neighbour
+        weight, x = random_matrix(SCHEMES[scheme], shape, dtype), random_x(70, shape[1], dtype)
+        batch = Batch(512, rows=64, warps=4, stages=3, programs=programs, lines=32, scaled=True)
+        packed = kernels.pack([weight]).tiles
+        found = launch.by_batch(x, packed, None, batch)
+        exact = x.double() @ reference.dequantize(weight).double().T
+        allowed = bound(weight, x, exact)
+        if scheme == "nf4":
+            allowed += codebook_rounding(dtype) * (
+                x.double().abs() @ reference.dequantize(weight).double().abs().T
+            )
+        assert ((found.double() - exact).abs() <= allowed).all()
+        assert torch.equal(launch.by_batch(x, packed, None, batch), found)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -19,7 +19,6 @@ them in the order of K.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -32,16 +31,6 @@ _SPAN = tl.constexpr(SPAN)
 _NESTED_GROUP = tl.constexpr(NESTED_GROUP)
 POWER = (127 + 23) << 23  # bits of the float32 2**23
 _POWER = tl.constexpr(POWER)
-_INT8_BF16, _INT4_BF16, _INT8_FP16, _INT4_FP16 = (
-    tl.constexpr(unpack_ptx.integers(bits, dtype))
-    for dtype in (torch.bfloat16, torch.float16)
-    for bits in (8, 4)
-)
-_NF4 = tl.constexpr(unpack_ptx.nf4())
-_TABLE_BF16, _TABLE_FP16 = (
-    tl.constexpr(unpack_ptx.nf4_table(dtype)) for dtype in (torch.bfloat16, torch.float16)
-)
-_FROM_8_BITS, _FROM_4_BITS = (tl.constexpr(unpack_ptx.CONSTRAINTS[bits]) for bits in (8, 4))
 _TO_TABLE = tl.constexpr(unpack_ptx.TABLE_CONSTRAINTS)
 
 
@@ -182,52 +171,78 @@ def vector_kernel(
 
 
 @triton.jit
-def _write_table(codebook: tl.tensor, like: tl.constexpr) -> None:
+def _write_table(codebook: tl.tensor, TABLE: tl.constexpr) -> None:
     """Write the table of NF4's pairs, in which `_pieces` looks up, to shared memory."""
-    tl.inline_asm_elementwise(
-        _TABLE_BF16 if like == tl.bfloat16 else _TABLE_FP16, _TO_TABLE, [codebook],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    tl.inline_asm_elementwise(TABLE, _TO_TABLE, [codebook], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def _pieces(
-    codes: tl.tensor, at: tl.tensor, codebook: tl.tensor, like: tl.constexpr,
-    BITS: tl.constexpr, NF4: tl.constexpr, INTERPRET: tl.constexpr,
+    codes: tl.tensor, at: tl.tensor, factors: tl.tensor, codebook: tl.tensor, like: tl.constexpr,
+    UNPACK: tl.constexpr, FROM: tl.constexpr, BITS: tl.constexpr, NF4: tl.constexpr, SPANS: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Return a tuple of PER spans (n, SPAN) as the tensor cores take them: symmetric integers or NF4's values.
 
-    The words from `at` (n, 1) on are loaded as halves, of which `unpack_ptx` makes pairs. Nothing else may meet them
-    here: else Triton unpacks them in other registers than the tensor cores take, and moves each through shared memory.
+    The words from `at` (n, 1) on are loaded as halves, of which `unpack_ptx` makes pairs, times `factors`, of which
+    there is one (n, 1) for SPANS spans, or none. Nothing else may meet them here, and what does must be loaded in the
+    same turn of a loop: else Triton unpacks them in other registers than the tensor cores take, and moves each through
+    shared memory.
     """
+    PER: tl.constexpr = 16 // BITS
     if INTERPRET:
         words = tl.load(codes + at + tl.arange(0, _TILE)[None, :])
         pieces: tl.tensor = ()
-        for i in tl.static_range(16 // BITS):
-            pieces += (_span(words, i, 1 << (BITS - 1), codebook, _POWER, BITS, NF4, INTERPRET),)
+        for i in tl.static_range(PER):
+            piece = _span(words, i, 1 << (BITS - 1), codebook, _POWER, BITS, NF4, INTERPRET)
+            if len(factors) > 0:
+                piece *= factors[i // SPANS]
+            pieces += (piece,)
     else:
         halves = tl.load(codes.to(tl.pointer_type(tl.int16)) + 2 * at + tl.arange(0, _SPAN)[None, :])
+        taken: tl.tensor = (halves,)
+        taken += factors
         if like == tl.bfloat16:
-            if BITS == 4:
+            if PER == 4:
                 pieces = tl.inline_asm_elementwise(
-                    _NF4 if NF4 else _INT4_BF16, _FROM_4_BITS, [halves], is_pure=True, pack=2,
+                    UNPACK, FROM, taken, is_pure=True, pack=2,
                     dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
                 )  # fmt: skip
             else:
                 pieces = tl.inline_asm_elementwise(
-                    _INT8_BF16, _FROM_8_BITS, [halves], is_pure=True, pack=2, dtype=(tl.bfloat16, tl.bfloat16)
+                    UNPACK, FROM, taken, is_pure=True, pack=2, dtype=(tl.bfloat16, tl.bfloat16)
                 )
         else:
-            if BITS == 4:
+            if PER == 4:
                 pieces = tl.inline_asm_elementwise(
-                    _NF4 if NF4 else _INT4_FP16, _FROM_4_BITS, [halves], is_pure=True, pack=2,
+                    UNPACK, FROM, taken, is_pure=True, pack=2,
                     dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
                 )  # fmt: skip
             else:
                 pieces = tl.inline_asm_elementwise(
-                    _INT8_FP16, _FROM_8_BITS, [halves], is_pure=True, pack=2, dtype=(tl.float16, tl.float16)
+                    UNPACK, FROM, taken, is_pure=True, pack=2, dtype=(tl.float16, tl.float16)
                 )
     return pieces
+
+
+@triton.jit
+def _factors(
+    scales: tl.tensor, inside: tl.tensor, tile: tl.tensor, N: tl.tensor, K: tl.tensor,
+    PER: tl.constexpr, SPANS: tl.constexpr, GROUP: tl.constexpr, NF4: tl.constexpr, INTERPRET: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return a tuple of what `unpack_ptx` takes as the scales (n, 1) of a tile's groups; those beyond K are the last.
+
+    NF4's are float32. Of integers a load brings two neighbouring rows', since 16 bits cannot be copied ahead of time.
+    """
+    found: tl.tensor = ()
+    for span in tl.static_range(PER // SPANS):
+        at = tl.minimum((tile * PER + span * SPANS) * _SPAN, K - 1) // GROUP * N + inside
+        if NF4 or INTERPRET:
+            factor = tl.load(scales + at).to(tl.float32)
+        else:
+            factor = tl.load(scales.to(tl.pointer_type(tl.int32)) + at // 2)
+        found += (factor,)
+    return found
 
 
 @triton.jit
@@ -267,7 +282,8 @@ def batch_kernel(
     out: tl.tensor, M: tl.tensor, N: tl.tensor, K: tl.tensor, tiles: tl.tensor,
     BITS: tl.constexpr, NF4: tl.constexpr, ZEROS: tl.constexpr, NESTED: tl.constexpr, GROUP: tl.constexpr,
     SPANS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, INTERPRET: tl.constexpr,
-    SPLIT_TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    SPLIT_TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SCALED: tl.constexpr,
+    UNPACK: tl.constexpr, FROM: tl.constexpr, TABLE: tl.constexpr,
 ) -> None:  # fmt: skip
     """Multiply BLOCK_M rows of x (M, K) by BLOCK_N rows over SPLIT_TILES tiles: out (splits, M, N).
 
@@ -287,24 +303,39 @@ def batch_kernel(
     span_at = tl.arange(0, _SPAN)[:, None]
     ones = tl.full((BLOCK_N, _SPAN), 1.0, dtype)
     if NF4 and not INTERPRET:
-        _write_table(codebook, dtype)
+        _write_table(codebook, TABLE)
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    if GROUP > 0:
+    if GROUP > 0 and not SCALED:
         ahead = _tile_scales(
             scales, nested, offset, dynamic_map, inside, split * SPLIT_TILES, N, K, PER, SPANS, GROUP, NESTED
         )
     for step in range(SPLIT_TILES):
         tile = split * SPLIT_TILES + step
         there = tile if EVEN else tl.minimum(tile, tiles - 1)
-        pieces = _pieces(codes, (there * N + inside) * _TILE, codebook, dtype, BITS, NF4, INTERPRET)
-        if GROUP > 0:
+        factors: tl.tensor = ()
+        if SCALED:
+            factors = _factors(scales, inside, tile, N, K, PER, SPANS, GROUP, NF4, INTERPRET)
+        pieces = _pieces(
+            codes,
+            (there * N + inside) * _TILE,
+            factors,
+            codebook,
+            dtype,
+            UNPACK,
+            FROM,
+            BITS,
+            NF4,
+            SPANS,
+            INTERPRET,
+        )
+        if GROUP > 0 and not SCALED:
             tile_scales = ahead
             ahead = _tile_scales(
                 scales, nested, offset, dynamic_map, inside, tile + 1, N, K, PER, SPANS, GROUP, NESTED
             )
         for span in tl.static_range(PER // SPANS):
             part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            if GROUP == 0 and not ZEROS:
+            if SCALED or (GROUP == 0 and not ZEROS):
                 part = sums
             x_sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for i in tl.static_range(span * SPANS, (span + 1) * SPANS):
@@ -320,7 +351,7 @@ def batch_kernel(
                     group = tl.minimum((tile * PER + span * SPANS) * _SPAN, K - 1) // GROUP
                 zero = _zero(zeros, inside, group, N, BITS, ZEROS)
                 part -= (zero - (1 << (BITS - 1))) * x_sums
-            if GROUP > 0:
+            if GROUP > 0 and not SCALED:
                 sums += part * tile_scales[span]
             elif ZEROS:
                 sums += part

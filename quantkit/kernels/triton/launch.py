@@ -8,7 +8,7 @@ import torch
 import triton
 
 from calculators.units import ceil_div
-from quantkit.kernels.triton import kernels, row
+from quantkit.kernels.triton import kernels, row, unpack_ptx
 from quantkit.kernels.triton.arguments import INTERPRETED as INTERPRETED
 from quantkit.kernels.triton.arguments import (
     grant_shared,
@@ -18,7 +18,7 @@ from quantkit.kernels.triton.arguments import (
     tuned,
 )
 from quantkit.kernels.triton.launching import launch
-from quantkit.kernels.triton.layout import Tiles
+from quantkit.kernels.triton.layout import SPAN, Tiles
 from quantkit.kernels.triton.tuning import Batch, Tuning
 
 SUM_BLOCK = 512  # sums a program of `sum_kernel`
@@ -105,8 +105,8 @@ def vector_constants(matrix: Tiles, chosen: Tuning) -> dict[str, Any]:
     }
 
 
-def batch_constants(matrix: Tiles, batch: Batch, lines: int) -> dict[str, Any]:
-    """Return the compile-time arguments of `batch_kernel` for so many rows of x."""
+def batch_constants(matrix: Tiles, batch: Batch, lines: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the compile-time arguments of `batch_kernel` for so many rows of x in a dtype."""
     block = min(batch.lines, max(_SMALLEST_BLOCK, triton.next_power_of_2(lines)))
     split_tiles = _split_tiles(matrix, batch.rows, 1, batch.programs // ceil_div(lines, block))
     return matrix_constants(matrix) | {
@@ -116,7 +116,29 @@ def batch_constants(matrix: Tiles, batch: Batch, lines: int) -> dict[str, Any]:
         "BLOCK_M": block,
         "num_warps": batch.warps,
         "num_stages": batch.stages,
+        **_unpacking(matrix, batch.scaled, dtype),
     }
+
+
+def _unpacking(matrix: Tiles, scaled: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """Return those that say how `batch_kernel` unpacks, and whether scales meet the weights there."""
+    scaled = scaled and _scales_meet(matrix, dtype)
+    scales = matrix.tile_cols // SPAN // matrix.spans if scaled else 0
+    return {
+        "SCALED": scaled,
+        "UNPACK": unpack_ptx.nf4(dtype, scales)
+        if matrix.nf4
+        else unpack_ptx.integers(matrix.bits, dtype, scales),
+        "FROM": unpack_ptx.constraints(matrix.bits, scales, "f" if matrix.nf4 else "r"),
+        "TABLE": unpack_ptx.nf4_table(dtype) if matrix.nf4 else "",
+    }
+
+
+def _scales_meet(matrix: Tiles, dtype: torch.dtype) -> bool:
+    """Whether a matrix's scales lie as `unpack_ptx` takes them."""
+    if matrix.group == 0 or matrix.zeros is not None or matrix.nested_scales is not None:
+        return False
+    return matrix.nf4 or (matrix.scales.dtype == dtype and matrix.rows % 2 == 0)
 
 
 def sum_constants(splits: int, bias: bool) -> dict[str, Any]:
@@ -137,6 +159,12 @@ def parts(x: torch.Tensor, matrix: Tiles, most: int | None = None) -> torch.Tens
     """
     with torch.cuda.device_of(x):
         return _parts(x, matrix, None) if takes(x, matrix) else linear(x, matrix, None, most)[None]
+
+
+def by_batch(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    """Return what `linear` does, by one launch of `batch_kernel`, for x (M, K) of 16 bits."""
+    with torch.cuda.device_of(x):
+        return _total(_batch(x, matrix, bias, batch), bias, x.dtype)
 
 
 def _parts(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
@@ -175,7 +203,7 @@ def _vector(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, chosen: T
 
 
 def _batch(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-    constants = batch_constants(matrix, batch, x.shape[0])
+    constants = batch_constants(matrix, batch, x.shape[0], x.dtype)
     out = _sums(x, matrix, constants["SPLIT_TILES"])
     grid = ceil_div(matrix.rows, batch.rows), out.shape[0], ceil_div(x.shape[0], constants["BLOCK_M"])
     single = out.shape[0] == 1
@@ -191,7 +219,7 @@ def _batch(x: torch.Tensor, matrix: Tiles, bias: torch.Tensor | None, batch: Bat
 def _split_tiles(matrix: Tiles, block: int, step: int, programs: int) -> int:
     """Return the tiles of one split, a multiple of `step`: about `programs` run, with as much to do where possible."""
     tiles = matrix.codes.shape[0]
-    splits = ceil_div(programs, ceil_div(matrix.rows, block))
+    splits = max(1, ceil_div(programs, ceil_div(matrix.rows, block)))
     least = ceil_div(ceil_div(tiles, splits), step) * step
     return next((size for size in range(least, 2 * least, step) if tiles % size == 0), least)
 

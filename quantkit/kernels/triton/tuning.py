@@ -23,6 +23,7 @@ class Batch:
         stages: tiles in flight.
         programs: of one launch; K is split until there are about so many.
         lines: rows of x a program at most.
+        scaled: whether scales meet the weights, in x's dtype, and not the sums, which takes half the registers.
     """
 
     limit: int
@@ -31,6 +32,7 @@ class Batch:
     stages: int
     programs: int = 512
     lines: int = 64
+    scaled: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,11 @@ neighbours along K share a register, as the tensor cores take them (`layout.py` 
   table of its own in a bank of its own, so that no two lanes wait for each other: 32 KiB, which each program writes
   before it begins. That takes half a look-up and one other instruction a weight; `prmt`, which looks four bytes up in a
   table of eight, would take 2.6.
+
+Scales may meet the values here; their product is rounded to 16 bits. Of each group of a word comes one scale: of NF4
+as a float32, of integers the 32 bits in which it and that of the row beside it lie, an even row's in the lower half. A
+lane tells by its own number which is its row's: of the rows that tensor cores take, lane n holds n // 4 and others that
+are multiples of eight away.
 """
 
 from __future__ import annotations
@@ -24,23 +29,52 @@ _POWER = {torch.bfloat16: 128.0, torch.float16: 1024.0}  # its mantissa counts i
 _TABLE, _LANES, _ENTRIES = "quantkit_nf4_table", 32, 256
 LEAST_THREADS = 64  # that write the table
 TABLE_BYTES = 4 * _LANES * _ENTRIES
-CONSTRAINTS = {bits: ",".join(["=r"] * (16 // bits) + ["r"]) for bits in (4, 8)}
 TABLE_CONSTRAINTS = "=r,l"  # nothing, and the codebook's address
 
 
-def integers(bits: int, dtype: torch.dtype) -> str:
-    """Return the instructions for symmetric integers: $0, $1, ... become pairs in a 16-bit `dtype`, from one word."""
-    lines = [".reg .b32 shifted, one, offset;", *integer_start(bits, dtype)]
-    for i in range(16 // bits):
-        lines += integer(f"${i}", f"${16 // bits}", bits, dtype, i)
+def constraints(bits: int, scales: int = 0, scale: str = "r") -> str:
+    """Return which registers the instructions take: results, a word, and each scale twice, once for each of a pair."""
+    return ",".join(["=r"] * (16 // bits) + ["r"] + [scale] * 2 * scales)
+
+
+def integers(bits: int, dtype: torch.dtype, scales: int = 0) -> str:
+    """Return the instructions for symmetric integers: $0, $1, ... become pairs in a 16-bit `dtype`, from one word.
+
+    Behind the word come the bits of so many scales, in `dtype`, for as many groups of the pairs.
+    """
+    per = 16 // bits
+    lines = [".reg .b32 shifted, one, offset, turn;", *integer_start(bits, dtype)]
+    if scales:
+        lines += ["mov.u32 turn, %laneid;", "shl.b32 turn, turn, 2;", "and.b32 turn, turn, 16;"]
+    for group in range(scales):
+        scale = f"scale{group}"
+        lines += [f".reg .b32 {scale};", f"shr.u32 {scale}, ${per + 1 + 2 * group}, turn;"]
+        lines += [f"prmt.b32 {scale}, {scale}, {scale}, 0x1010;"]
+    for i in range(per):
+        lines += integer(f"${i}", f"${per}", bits, dtype, i)
+        if scales:
+            lines.append(f"mul.rn.{_FORM[dtype]} ${i}, ${i}, scale{i * scales // per};")
     return "\n".join(["{", *lines, "}"])
 
 
-def nf4() -> str:
-    """Return the instructions for NF4: $0 to $3 become pairs, from the word $4, by the table that was written."""
-    lines = [".reg .b32 at, bank, table;", *NF4_START]
+def nf4(dtype: torch.dtype, scales: int = 0) -> str:
+    """Return the instructions for NF4: $0 to $3 become pairs, from the word $4, by the table that was written.
+
+    Behind the word come so many scales in float32, for as many groups of the pairs.
+    """
+    lines = [
+        ".reg .b32 at, bank, table, wide;",
+        ".reg .f32 first, second;",
+        ".reg .b16 low, high;",
+        *NF4_START,
+    ]
     for byte in range(4):
-        lines += nf4_pair(f"${byte}", "$4", byte)
+        pair, scale = f"${byte}", f"${5 + 2 * (byte * scales // 4)}"
+        lines += nf4_pair(pair, "$4", byte)
+        if scales:
+            lines += _widened(pair, dtype)
+            lines += [f"mul.rn.f32 {value}, {value}, {scale};" for value in ("first", "second")]
+            lines += [f"cvt.rn.{_FORM[dtype]}.f32 {pair}, second, first;"]
     return "\n".join(["{", *lines, "}"])
 
 
@@ -96,6 +130,18 @@ def nf4_pair(pair: str, word: str, byte: int) -> Iterator[str]:
     yield f"lop3.b32 at, at, {(_ENTRIES - 1) * 4 * _LANES:#x}, bank, {AND_OR:#x};"
     yield "add.u32 at, at, table;"
     yield f"ld.shared.b32 {pair}, [at];"
+
+
+def _widened(pair: str, dtype: torch.dtype) -> list[str]:
+    """Return the instructions that set registers `first` and `second` to a pair's values in float32."""
+    if dtype == torch.float16:
+        return [f"mov.b32 {{low, high}}, {pair};", "cvt.f32.f16 first, low;", "cvt.f32.f16 second, high;"]
+    return [
+        f"shl.b32 wide, {pair}, 16;",
+        "mov.b32 first, wide;",
+        f"and.b32 wide, {pair}, 0xffff0000;",
+        "mov.b32 second, wide;",
+    ]
 
 
 def _folded(bits: int, dtype: torch.dtype) -> bool:
