@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -108,7 +110,49 @@ def test_both_sides_of_the_timing_generate_what_is_asked_for() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
-def test_the_timing_needs_a_gpu_and_says_so() -> None:
+def test_the_timing_needs_a_gpu_and_says_so(tmp_path: Path) -> None:
     failed = attempt("beside_transformers.py")
     assert failed.returncode == 1
     assert failed.stderr == "this needs a CUDA GPU that PyTorch sees\n"
+    failed = attempt("tune_cuda.py", tmp_path / "tried.json")
+    assert failed.returncode == 1
+    assert failed.stderr.endswith("no CUDA GPU is visible to PyTorch\n")
+
+
+TRIED = """
+import json, runpy, sys
+from tests.bench.cuda.stand_in import StandIn
+example, device = runpy.run_path("examples/tune_cuda.py"), StandIn()
+device.backend = "triton"
+notes = list(example["tried"](device, sys.argv[1], "o", (64, 256), [3], example["launches"]()[::6], 0))
+print(json.dumps([notes, example["best"](notes)]))
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("scheme", ["int4-g128", "nf4"])
+def test_launches_are_tried_and_the_fastest_is_found(scheme: str) -> None:
+    """In Triton's interpreter, where all are right."""
+    command = [sys.executable, "-c", TRIED, scheme]
+    environment = _environment() | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    notes, chosen = json.loads(done.stdout)
+    assert [note["launch"] for note in notes[:2]] == ["torch bf16", "today"]
+    assert len({str(note["launch"]) for note in notes}) == len(notes) == 5
+    for note in notes:
+        assert note["same_bits"]
+        assert note["error"] < 5e-3
+    assert chosen["seconds"] == min(note["seconds"] for note in notes[1:])
+
+
+def test_a_launch_that_is_wrong_or_failed_is_not_the_fastest() -> None:
+    best = runpy.run_path(str(ROOT / "examples" / "tune_cuda.py"))["best"]
+    right = {"launch": "today", "same_bits": True, "error": 1e-3, "seconds": 3.0}
+    others = [
+        {"same_bits": False, "seconds": 1.0},
+        {"error": 0.5, "seconds": 1.0},
+        {"launch": "torch bf16", "seconds": 1.0},
+        {"launch": {"warps": 4}, "seconds": 2.0},
+    ]
+    notes = [right, {"launch": {}, "failed": "OutOfResources"}, *({**right, **other} for other in others)]
+    assert best(notes) == notes[-1]
