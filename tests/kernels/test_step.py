@@ -17,7 +17,7 @@ import torch
 from tests.kernels.test_triton_compile import SHARED_BYTES, TYPES, Compiled, build
 from tests.paths import ROOT
 
-CAPABILITIES = (80, 86, 89, 90)
+CAPABILITIES = (80, 86, 89, 90, 100)
 CACHES = {"bf16": (16, 0), "int8": (8, 1), "int4": (4, 1), "int8-g64": (8, 2), "int4-g32": (4, 4)}
 TESTED = {"norm_kernel", "swiglu_kernel", "heads_kernel", "attention_kernel", "combine_kernel"}
 

@@ -109,7 +109,7 @@ def test_every_family(kernel: str, capability: int, scheme: str, shape: tuple[in
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kernel", "capability", "scheme", "shape", "rows"), cases([80, 90], QUANTIZED, SHAPES[1:])
+    ("kernel", "capability", "scheme", "shape", "rows"), cases([80, 90, 100], QUANTIZED, SHAPES[1:])
 )
 def test_ragged_and_float16(
     kernel: str, capability: int, scheme: str, shape: tuple[int, int], rows: int
@@ -130,7 +130,7 @@ def check(
     if kernel == "batch_kernel":
         copy = "LDGSTS.E.BYPASS.128" if found.constants["SPLIT_TILES"] > 1 else "LDG.E.128"  # without a loop
         assert found.count(copy) >= 1, "the codes are not copied 16 bytes at a time"
-        assert found.count("HGMMA") + found.count("HMMA") >= 1
+        assert found.count("HGMMA") + found.count("HMMA") + found.count("UTCHMMA") >= 1
         through_shared = r"convert_layout .*x(bf16|f16), #blocked\d*> -> tensor<.*dot_op"
         assert not re.search(through_shared, found.layouts), (
             "weights are not unpacked where they are multiplied"
