@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -203,16 +203,16 @@ class Run:
     def _capture(self) -> None:
         """Warm up, which writes only where this token will, and capture."""
         self._tried = True
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        current, side = torch.cuda.current_stream(), _side(self._position.device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
             for _ in range(_WARM_UPS):
                 self._run()
                 self._position.sub_(1)
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=side):
                 self._outputs = self._run()
             self._graph = graph
         except torch.OutOfMemoryError:
@@ -222,6 +222,8 @@ class Run:
             logging.getLogger("quantkit").warning(
                 "No CUDA graph could be captured, so each kernel is launched by itself: %s", reason
             )
+        finally:
+            torch.cuda.set_stream(current)  # which a capture that fails leaves changed
 
     def _run(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the token in `_ids` at `_position`, and advance that."""
@@ -252,6 +254,12 @@ class Run:
     def _attend(self, layer: int, q: Parts, k: Parts, v: Parts) -> torch.Tensor:
         slab = self._slabs[layer]
         return self._step.attention(self._step.heads(q, k, v, slab), slab)
+
+
+@lru_cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which a device's graphs are captured: cuBLAS keeps a workspace for each that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 def _wide(

@@ -194,7 +194,7 @@ def test_without_a_graph_the_same_kernels_run(
     ids = torch.tensor(text_ids(30), device="cuda")[None]
     expected = decode(decoder, ids, 20)
 
-    def refuse(graph: Any) -> None:
+    def refuse(graph: Any, stream: Any) -> None:
         raise RuntimeError("no graphs today")
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
