@@ -19,6 +19,7 @@ them in the order of K.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -31,6 +32,9 @@ _SPAN = tl.constexpr(SPAN)
 _NESTED_GROUP = tl.constexpr(NESTED_GROUP)
 POWER = (127 + 23) << 23  # bits of the float32 2**23
 _POWER = tl.constexpr(POWER)
+_TABLE_BF16, _TABLE_FP16 = (
+    tl.constexpr(unpack_ptx.nf4_table(dtype)) for dtype in (torch.bfloat16, torch.float16)
+)
 _TO_TABLE = tl.constexpr(unpack_ptx.TABLE_CONSTRAINTS)
 
 
@@ -171,9 +175,12 @@ def vector_kernel(
 
 
 @triton.jit
-def _write_table(codebook: tl.tensor, TABLE: tl.constexpr) -> None:
+def _write_table(codebook: tl.tensor, like: tl.constexpr) -> None:
     """Write the table of NF4's pairs, in which `_pieces` looks up, to shared memory."""
-    tl.inline_asm_elementwise(TABLE, _TO_TABLE, [codebook], dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise(
+        _TABLE_BF16 if like == tl.bfloat16 else _TABLE_FP16, _TO_TABLE, [codebook],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -283,7 +290,7 @@ def batch_kernel(
     BITS: tl.constexpr, NF4: tl.constexpr, ZEROS: tl.constexpr, NESTED: tl.constexpr, GROUP: tl.constexpr,
     SPANS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, INTERPRET: tl.constexpr,
     SPLIT_TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SCALED: tl.constexpr,
-    UNPACK: tl.constexpr, FROM: tl.constexpr, TABLE: tl.constexpr,
+    UNPACK: tl.constexpr, FROM: tl.constexpr,
 ) -> None:  # fmt: skip
     """Multiply BLOCK_M rows of x (M, K) by BLOCK_N rows over SPLIT_TILES tiles: out (splits, M, N).
 
@@ -303,7 +310,7 @@ def batch_kernel(
     span_at = tl.arange(0, _SPAN)[:, None]
     ones = tl.full((BLOCK_N, _SPAN), 1.0, dtype)
     if NF4 and not INTERPRET:
-        _write_table(codebook, TABLE)
+        _write_table(codebook, dtype)
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if GROUP > 0 and not SCALED:
         ahead = _tile_scales(

@@ -130,7 +130,6 @@ def _unpacking(matrix: Tiles, scaled: bool, dtype: torch.dtype) -> dict[str, Any
         if matrix.nf4
         else unpack_ptx.integers(matrix.bits, dtype, scales),
         "FROM": unpack_ptx.constraints(matrix.bits, scales, "f" if matrix.nf4 else "r"),
-        "TABLE": unpack_ptx.nf4_table(dtype) if matrix.nf4 else "",
     }
 
 
