@@ -93,7 +93,7 @@ def _triton_lacks(device: torch.device) -> str | None:
     if capability < OLDEST_CAPABILITY:
         found, oldest = (".".join(map(str, each)) for each in (capability, OLDEST_CAPABILITY))
         return f"its compute capability is {found}, and the kernels need {oldest}"
-    return None
+    return triton.cannot_start()
 
 
 def decodes(device: torch.device) -> bool:

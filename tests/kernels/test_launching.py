@@ -12,6 +12,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+from quantkit.errors import BackendError  # noqa: E402
 from quantkit.kernels.triton.launching import launch  # noqa: E402
 
 GRID = (3, 2)
@@ -95,6 +96,18 @@ def test_a_launch_goes_where_triton_sends_it() -> None:
             assert grid == (*GRID, 1)
             assert all(one is other for one, other in zip(values[:2], arguments[:2], strict=True))
             assert values[2:] == expected[2][2:] == (*arguments[2:], constants["SIZE"], constants["SECOND"])
+
+
+def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Any, **options: Any) -> None:
+        raise triton.runtime.OutOfResources(1 << 20, 1 << 16, "shared memory")
+
+    monkeypatch.setattr(triton.compiler, "compile", refuse)
+    with pytest.raises(
+        BackendError, match=r"cannot compile a_kernel .* Required: 1048576.*backend='reference'"
+    ) as caught:
+        launch(a_kernel, GRID, (WORDS, None, 5, 0.5), {"SIZE": 99, "SECOND": True, "enable_fp_fusion": True})
+    assert "\n" not in str(caught.value)
 
 
 def test_a_second_launch_passes_triton_by(monkeypatch: pytest.MonkeyPatch) -> None:

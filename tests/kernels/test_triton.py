@@ -190,6 +190,7 @@ class TestChoice:
         monkeypatch.setattr(ops, "find_spec", lambda name: object())
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(kernels, "cannot_start", lambda: None)
 
     def test_a_gpu_runs_triton(self) -> None:
         assert ops.choose_backend("auto", "cuda") == "triton"
@@ -205,6 +206,7 @@ class TestChoice:
             ("gpu", "no CUDA GPU is visible to PyTorch"),
             ("rocm", "PyTorch was built for ROCm"),
             ("capability", "its compute capability is 7.0, and the kernels need 7.5"),
+            ("compiler", "Triton cannot start: no compiler"),
         ],
     )
     def test_what_is_lacking_is_said(
@@ -216,6 +218,8 @@ class TestChoice:
             monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         elif lacking == "rocm":
             monkeypatch.setattr(torch.version, "hip", "7.0")
+        elif lacking == "compiler":
+            monkeypatch.setattr(kernels, "cannot_start", lambda: "Triton cannot start: no compiler")
         else:
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
         with pytest.raises(BackendError, match=f"the triton backend cannot run on cuda: {words}"):
@@ -225,6 +229,38 @@ class TestChoice:
         assert len(caplog.messages) == 1
         assert words in caplog.text
         assert "slow reference" in caplog.text
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+class TestStart:
+    """Of Triton, whose driver is pretended."""
+
+    @staticmethod
+    def reason(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> str | None:
+        import triton.runtime
+
+        class Driver:
+            @property
+            def active(self) -> Any:
+                if error is not None:
+                    raise error
+                return SimpleNamespace(get_current_target=lambda: "cuda")
+
+        monkeypatch.setattr(triton.runtime, "driver", Driver())
+        return kernels.cannot_start.__wrapped__()
+
+    def test_it_starts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.reason(monkeypatch, None) is None
+
+    def test_no_compiler_no_headers_and_what_else_there_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        error: Exception = RuntimeError("Failed to find C compiler.\nPlease specify")
+        assert (
+            self.reason(monkeypatch, error)
+            == "Triton cannot start: Failed to find C compiler. Please specify"
+        )
+        found = self.reason(monkeypatch, subprocess.CalledProcessError(1, ["gcc", "main.c"]))
+        assert found == "the C compiler that Triton calls fails; it needs Python's headers (python3-dev)"
+        assert self.reason(monkeypatch, ImportError()) == "Triton cannot start: ImportError"
 
 
 class TestPtx:

@@ -10,6 +10,7 @@ x's dtype, and for many rows the whole matrix is, as the reference does.
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -55,6 +56,22 @@ class TiledWeight:
 def launcher() -> ModuleType | None:
     """Return the module that launches the kernels, None where there is no Triton."""
     return import_module("quantkit.kernels.triton.launch") if find_spec("triton") else None
+
+
+@cache
+def cannot_start() -> str | None:
+    """Return in a line why Triton cannot launch on the GPU there is, None where it can.
+
+    When it first runs, it builds a small extension for that.
+    """
+    try:
+        import_module("triton.runtime").driver.active.get_current_target()
+    except subprocess.CalledProcessError:
+        return "the C compiler that Triton calls fails; it needs Python's headers (python3-dev)"
+    except Exception as error:  # of Triton, of the compiler it looks for, of the driver
+        said = " ".join(str(error).split()) or type(error).__name__
+        return f"Triton cannot start: {said}"
+    return None
 
 
 def packs(scheme: QuantScheme, shape: tuple[int, int]) -> bool:

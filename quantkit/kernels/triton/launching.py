@@ -14,6 +14,9 @@ from typing import Any
 import torch
 import triton
 
+from quantkit.errors import BackendError
+
+_LONGEST = 200  # characters of what Triton says, whose reason comes last
 _ALIGNMENT = 16  # bytes, and what a number is divisible by
 _INT32_BITS, _INT64_BITS = 31, 63
 _LAUNCHED: dict[Any, tuple[Any, tuple[Any, ...]]] = {}  # compiled kernels and their constants, in order
@@ -34,6 +37,9 @@ def launch(
         arguments: tensors, numbers or None, in order.
         constants: compile-time arguments and options by name; they can be hashed.
         prepare: what is done with the compiled kernel before its first launch.
+
+    Raises:
+        BackendError: Triton cannot compile it for this GPU.
     """
     if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter
         kernel[grid](*arguments, **constants)
@@ -41,9 +47,16 @@ def launch(
     key = kernel, torch.cuda.current_device(), tuple(map(_kind, arguments)), tuple(constants.items())
     found = _LAUNCHED.get(key)
     if found is None:
-        if prepare is not None:
-            prepare(kernel.warmup(*arguments, grid=grid, **constants))
-        compiled = kernel[grid](*arguments, **constants)
+        try:
+            if prepare is not None:
+                prepare(kernel.warmup(*arguments, grid=grid, **constants))
+            compiled = kernel[grid](*arguments, **constants)
+        except triton.TritonError as error:
+            said = " ".join(str(error).split())
+            raise BackendError(
+                f"Triton {triton.__version__} cannot compile {kernel.__name__} for this GPU: {said[-_LONGEST:]}; "
+                "load the model with backend='reference' to do without"
+            ) from error
         _LAUNCHED[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
         return
     compiled, last = found
