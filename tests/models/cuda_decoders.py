@@ -13,8 +13,13 @@ from quantkit.schemes import SCHEMES, plan_weights
 from tests.checkpoints import random_tensors, tiny_config
 
 
-def make(scheme: str, dtype: torch.dtype, device: str, fused: bool = True, **overrides: Any) -> Decoder:
-    """Return a Mistral of two layers; without `fused` the kernels multiply, and operators do the rest."""
+def make(
+    scheme: str, dtype: torch.dtype, device: str, fused: bool = True, packed: bool = True, **overrides: Any
+) -> Decoder:
+    """Return a Mistral of two layers; without `fused` the kernels multiply, and operators do the rest.
+
+    Without `packed`, too, the reference multiplies.
+    """
     sizes = {"hidden_size": 64, "intermediate_size": 96, "max_context": 64} | overrides
     config = tiny_config(dtype="bf16", **sizes)
     chosen = SCHEMES[scheme]
@@ -25,13 +30,14 @@ def make(scheme: str, dtype: torch.dtype, device: str, fused: bool = True, **ove
     for layer in range(config.n_layers):
         for whole, parts in FUSED.items():
             names = [f"model.layers.{layer}.{part}.weight" for part in parts]
-            if all(name in quantized for name in names):
+            if packed and all(name in quantized for name in names):
                 fused_weight = ops.fuse([quantized[name] for name in names], "triton")
                 if fused_weight is not None:
                     weights[f"model.layers.{layer}.{whole}.weight"] = fused_weight
                     for name in names:
                         del quantized[name], weights[name]
-    weights |= {name: ops.prepare(weight, "triton") for name, weight in quantized.items()}
+    backend = "triton" if packed else "reference"
+    weights |= {name: ops.prepare(weight, backend) for name, weight in quantized.items()}
     attention = "sdpa" if device == "cpu" else "auto"  # the interpreter's prompts go one way, `fused` or not
     return Decoder(config, weights, dtype, attention=attention, fused=fused)
 

@@ -158,8 +158,8 @@ FAMILIES = {
     86: Tuning(_alike(Batch(32, rows=64, warps=4, stages=3, programs=384), Batch(64, 128, 8, 2, 384))),
     89: Tuning(_alike(Batch(32, rows=64, warps=4, stages=3), Batch(64, rows=128, warps=8, stages=2))),
     90: _HOPPER,
-    # of 8 rows of x Triton makes a warp's own products, of more those that take unpacked weights from tensor memory;
-    # it made nothing at all of some of the latter at int4-asym
+    # of 8 rows of x Triton 3.6 makes a warp's own products, of more, and 3.9 of all, those that take unpacked weights
+    # from tensor memory; it made nothing at all of some of the latter at int4-asym
     100: Tuning(
         _alike(Batch(8, rows=64, warps=4, stages=4), Batch(64, rows=64, warps=4, stages=3))
         | {"int4-asym": (Batch(32, rows=64, warps=4, stages=4, lines=8),)}

@@ -43,9 +43,10 @@ def integers(bits: int, dtype: torch.dtype, scales: int = 0) -> str:
     Behind the word come the bits of so many scales, in `dtype`, for as many groups of the pairs.
     """
     per = 16 // bits
-    lines = [".reg .b32 shifted, one, offset, turn;", *integer_start(bits, dtype)]
+    lines = [".reg .b32 shifted, one, offset, turn, nothing;", *integer_start(bits, dtype)]
     if scales:
         lines += ["mov.u32 turn, %laneid;", "shl.b32 turn, turn, 2;", "and.b32 turn, turn, 16;"]
+        lines += [f"mov.b32 nothing, {twice(-0.0, dtype):#x};"]  # capability 8.0 has no product without a sum
     for group in range(scales):
         scale = f"scale{group}"
         lines += [f".reg .b32 {scale};", f"shr.u32 {scale}, ${per + 1 + 2 * group}, turn;"]
@@ -53,7 +54,7 @@ def integers(bits: int, dtype: torch.dtype, scales: int = 0) -> str:
     for i in range(per):
         lines += integer(f"${i}", f"${per}", bits, dtype, i)
         if scales:
-            lines.append(f"mul.rn.{_FORM[dtype]} ${i}, ${i}, scale{i * scales // per};")
+            lines.append(f"fma.rn.{_FORM[dtype]} ${i}, ${i}, scale{i * scales // per}, nothing;")
     return "\n".join(["{", *lines, "}"])
 
 

@@ -1,0 +1,84 @@
+"""Launches of this package's kernels that follow their PTX on the CPU, in place of a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kernels import ptx_machine
+
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8",
+    torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+ALIGNMENT = 16
+_COMPILED: dict[Any, ptx_machine.Program] = {}
+
+
+@contextmanager
+def followed(
+    monkeypatch: pytest.MonkeyPatch, capability: int = 90, copies_late: bool = False
+) -> Iterator[list[str]]:
+    """Have kernels of a capability followed on the CPU, for whatever launches them; yields the names of those."""
+    from quantkit.kernels import ops
+    from quantkit.kernels.triton import launch, row, step
+
+    names: list[str] = []
+
+    def follow(
+        kernel: Any, grid: tuple[int, ...], arguments: Any, constants: Any, prepare: Any = None
+    ) -> None:
+        names.append(kernel.__name__)
+        taken = [
+            each for each, kind in zip(arguments, kinds(arguments), strict=True) if kind[0] != "constexpr"
+        ]
+        program = compiled(kernel, arguments, constants, capability)
+        ptx_machine.run(program, (*grid, 1, 1)[:3], taken, copies_late)
+
+    with monkeypatch.context() as patched:
+        for module in (launch, row, step):
+            patched.setattr(module, "launch", follow)
+        patched.setattr(ops, "decodes", lambda device: True)
+        yield names
+
+
+def compiled(kernel: Any, arguments: Any, constants: dict[str, Any], capability: int) -> ptx_machine.Program:
+    """Return a kernel as Triton compiles it for such arguments."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    found = kinds(arguments)
+    key = kernel.__name__, tuple(found), tuple(constants.items()), capability
+    if key not in _COMPILED:
+        names = kernel.arg_names
+        fixed = {(at,): each for at, each in enumerate(arguments) if found[at][0] == "constexpr"}
+        fixed |= {(at,): constants[names[at]] for at in range(len(arguments), len(names))}
+        signature = dict.fromkeys(names, "constexpr")
+        signature |= {name: kind for name, (kind, _) in zip(names, found, strict=False)}
+        aligned = {(at,): [["tt.divisibility", ALIGNMENT]] for at, (_, even) in enumerate(found) if even}
+        options = {name: constants[name] for name in OPTIONS if name in constants}
+        source = ASTSource(kernel, signature, fixed, aligned)
+        result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        _COMPILED[key] = ptx_machine.Program(result.asm["ptx"])
+    return _COMPILED[key]
+
+
+def kinds(arguments: Any) -> list[tuple[str, bool]]:
+    """Return the type of each argument, and whether it is known to be divisible by 16."""
+    found = []
+    for each in arguments:
+        if isinstance(each, torch.Tensor):
+            found.append((TYPES[each.dtype], each.data_ptr() % ALIGNMENT == 0))
+        elif each is None or each == 1:
+            found.append(("constexpr", False))
+        elif isinstance(each, int):
+            found.append(("i32", each % ALIGNMENT == 0))
+        else:
+            found.append(("fp32", False))
+    return found
