@@ -255,10 +255,12 @@ class Machine:
         _only(kind[:-1], {"rn", "approx", "ftz", "full"})
         if last.endswith("x2"):
             half = last[:-2]
-            inputs = [self._pairs(operand, half) for operand in operands[1:]]
+            inputs = [self._pairs(operand, half).astype(np.float64) for operand in operands[1:]]
             self._set_pairs(operands[0], _arithmetic(name, inputs), half, mask)
             return
         inputs = [self._value(operand, last) for operand in operands[1:]]
+        if last in ("bf16", "f16"):
+            inputs = [each.astype(np.float64) for each in inputs]
         self._set(operands[0], _arithmetic(name, inputs), last, mask)
 
     def _do_mov(self, kind: tuple[str, ...], operands: tuple[str, ...], mask: Array) -> None:
@@ -535,7 +537,7 @@ def _arithmetic(name: str, inputs: list[Array]) -> Array:
         return np.where(second.astype(np.int64) < bits, moved, moved >> amount if name == "shr" else 0)
     with np.errstate(all="ignore"):
         if name == "fma":
-            return (first.astype(np.float64) * second + rest[1]).astype(np.float32)
+            return first.astype(np.float64) * second + rest[1]
         return _ARITHMETIC[name](first, second)
 
 
@@ -555,8 +557,13 @@ def _wide(bits: Array, kind: str) -> Array:
 
 
 def _narrow(values: Array, kind: str) -> Array:
-    """Return the bits of float32 values rounded to 16 bits."""
+    """Return the bits of float32 or float64 values rounded once to 16 bits."""
     single = np.ascontiguousarray(values, np.float32)
+    if (
+        values.dtype == np.float64
+    ):  # to an odd last bit where that is not exact, so that only the next rounding counts
+        bits = np.where(np.abs(single) > np.abs(values), single.view(np.uint32) - 1, single.view(np.uint32))
+        single = (bits | (single != values)).astype(np.uint32).view(np.float32)
     with np.errstate(all="ignore"):
         if kind == "f16":
             return single.astype(np.float16).view(np.uint16)
@@ -572,3 +579,28 @@ def run(program: Program, grid: tuple[int, int, int], arguments: Sequence[Any], 
     for x, y, z in itertools.product(*map(range, grid)):
         Machine(program, memory, given, (x, y, z), grid, copies_late).run()
     memory.back()
+
+
+def assembled(
+    text: str, operands: torch.Tensor, results: int, before: str = "", codebook: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return int32 (threads, results), $0 and on, of inline assembly for int32 operands (threads, count) behind them.
+
+    `before` is what all threads run first: its $1 is the address of a codebook in float32.
+    """
+    threads, count = operands.shape
+    memory = torch.zeros(threads, results + count, dtype=torch.int32)
+    memory[:, results:] = operands
+    table = torch.zeros(1) if codebook is None else codebook.float()
+    inputs = [f"ld.global.b32 %q{at}, [%rd3 + {4 * at}];" for at in range(results, results + count)]
+    outputs = [f"st.global.b32 [%rd3 + {4 * at}], %q{at};" for at in range(results)]
+    lines = [
+        ".visible .entry assembled(\n.param .u64 .ptr first,\n.param .u64 .ptr second\n)",
+        f".reqntid {threads}\n{{",
+        "ld.param.b64 %rd1, [first];", "ld.param.b64 %rd2, [second];", "mov.u32 %r1, %tid.x;",
+        f"mad.wide.u32 %rd3, %r1, {4 * (results + count)}, %rd1;",
+        before.replace("$0", "%r2").replace("$1", "%rd2"), ";", *inputs,
+        re.sub(r"\$(\d+)", r"%q\1", text), ";", *outputs, "ret;\n}",
+    ]  # fmt: skip
+    run(Program("\n".join(lines)), (1, 1, 1), [memory, table], copies_late=False)
+    return memory[:, :results]

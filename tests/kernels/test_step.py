@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.kernels.ptx_machine import assembled
 from tests.kernels.test_triton_compile import SHARED_BYTES, TYPES, Compiled, build
 from tests.paths import ROOT
 
@@ -159,28 +160,17 @@ def test_the_others_compile_and_load_16_bytes(splits: int) -> None:
 
 @pytest.mark.parametrize(("place", "dtype"), [(3, torch.bfloat16), (6, torch.float16)], ids=str)
 def test_the_ptx_lays_every_code_over_16(place: int, dtype: torch.dtype) -> None:
-    """The instructions followed one by one: what the interpreter cannot run."""
+    """What the interpreter cannot run, followed on the CPU."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from quantkit.kernels.triton.attention_kernels import _nibbles
 
     power = torch.tensor(16, dtype=dtype).view(torch.int16).item()
-    words = [0x3210, 0x7654, 0xBA98, 0xFEDC, 0x0F5A, 0xFFFF]
-    for low, high in itertools.product(words, words):
-        held = {"$4": low | high << 16}
-        for line in _nibbles(place, power).strip("{}").split(";"):
-            instruction, *operands = line.replace(",", " ").split() or [".reg"]
-            if instruction == ".reg":
-                continue
-            first, *numbers = held[operands[1]], *(int(each, 0) for each in operands[2:])
-            if instruction == "lop3.b32":
-                assert numbers.pop() == 0xEA  # a & b | c
-                held[operands[0]] = first & numbers[0] | numbers[1]
-            else:
-                moved = first >> numbers[0] if instruction == "shr.b32" else first << numbers[0]
-                held[operands[0]] = moved & 0xFFFFFFFF
-        for i in range(4):
-            pair = torch.tensor([held[f"${i}"]]).to(torch.uint32).view(dtype).tolist()
-            assert pair == [16 + (word >> 4 * i & 15) for word in (low, high)]
+    words = torch.tensor(list(itertools.product([0x3210, 0x7654, 0xBA98, 0xFEDC, 0x0F5A, 0xFFFF], repeat=2)))
+    operands = (words[:, :1] | words[:, 1:] << 16).to(torch.uint32).view(torch.int32)
+    found = assembled(_nibbles(place, power), operands, 4)
+    halves = torch.stack((found & 0xFFFF, found >> 16 & 0xFFFF), dim=1).to(torch.uint16).view(dtype)
+    codes = words[:, :, None] >> 4 * torch.arange(4) & 15
+    assert torch.equal(halves, (16 + codes).to(dtype))
 
 
 def test_no_kernel_is_without_a_test() -> None:

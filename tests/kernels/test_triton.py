@@ -24,6 +24,7 @@ from quantkit.quantize.nf4 import NF4_CODEBOOK
 from quantkit.quantize.packing import unpack_zeros
 from quantkit.schemes import SCHEMES, QuantScheme, int_scheme
 from quantkit.tensor import QuantizedTensor, empty_quantized
+from tests.kernels.ptx_machine import assembled
 from tests.paths import ROOT
 
 QUANTIZED = [scheme for scheme in SCHEMES.values() if scheme.quantized]
@@ -264,58 +265,41 @@ class TestStart:
 
 
 class TestPtx:
-    """The instructions that unpack codes, followed one by one: what the interpreter cannot run."""
+    """The instructions that unpack codes, followed on the CPU: what the interpreter cannot run."""
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
     def test_every_code_at_every_place(self, kind: str, dtype: torch.dtype) -> None:
         bits, nf4 = 8 if kind == "int8" else 4, kind == "nf4"
         per, codebook = 16 // bits, torch.tensor(NF4_CODEBOOK).to(dtype)
-        machine = Machine(codebook.float().tolist(), lane=5)
-        if nf4:
-            for thread in range(64):
-                machine.run(unpack_ptx.nf4_table(dtype), [1 << 40], thread)
-            assert len(machine.shared) == 256 * 32, "not all of the table is written"
+        values = codebook if nf4 else (torch.arange(2.0**bits) - 2 ** (bits - 1)).to(dtype)
+        codes, words = every_code(bits, nf4)
         program = unpack_ptx.nf4(dtype) if nf4 else unpack_ptx.integers(bits, dtype)
-        expected = codebook if nf4 else (torch.arange(2.0**bits) - 2 ** (bits - 1)).to(dtype)
-        codes = torch.arange(2**bits).repeat(2 * per, 1)  # each code everywhere, beside others
-        codes = torch.stack([row.roll(3 * at) for at, row in enumerate(codes)], dim=1).view(-1, 2, per)
-        for pair in codes.tolist():
-            places = [(pair[side][i], place(bits, nf4, i, side)) for side in range(2) for i in range(per)]
-            found = machine.run(program, [*range(per), sum(code << bits * at for code, at in places)])[:per]
-            halves = torch.tensor([[value & 0xFFFF, value >> 16] for value in found]).to(torch.uint16)
-            assert torch.equal(halves.view(dtype).T, expected[torch.tensor(pair)])
+        assert torch.equal(unpacked(program, words, per, dtype, codebook if nf4 else None), values[codes])
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("scales", [1, 2, 4])
-    @pytest.mark.parametrize("lane", [3, 5])  # of an even row and of an odd one
     @pytest.mark.parametrize("nf4", [False, True])
-    def test_every_code_times_its_groups_scale(
-        self, nf4: bool, lane: int, scales: int, dtype: torch.dtype
-    ) -> None:
+    def test_every_code_times_its_groups_scale(self, nf4: bool, scales: int, dtype: torch.dtype) -> None:
         codebook = torch.tensor(NF4_CODEBOOK).to(dtype)
-        machine = Machine(codebook.float().tolist(), lane)
-        if nf4:
-            for thread in range(64):
-                machine.run(unpack_ptx.nf4_table(dtype), [1 << 40], thread)
-        program = unpack_ptx.nf4(dtype, scales) if nf4 else unpack_ptx.integers(4, dtype, scales)
+        values = codebook if nf4 else (torch.arange(16.0) - 8).to(dtype)
+        codes, words = every_code(4, nf4)
+        lane = torch.arange(len(words)) % 32
         factors = torch.linspace(0.3, 1.9, 2 * scales).view(scales, 2)  # of an even row and of the next
         if nf4:
             factors = factors[:, :1].expand(-1, 2)
-            given = factors[:, 0].contiguous().view(torch.int32).tolist()
+            given = factors[:, 0].contiguous().view(torch.int32)
+            program = unpack_ptx.nf4(dtype, scales)
         else:
             factors = factors.to(dtype).float()
-            given = [low | high << 16 for low, high in factors.to(dtype).view(torch.uint16).tolist()]
-        operands = [each for each in given for _ in range(2)][:-1]  # the last of them is in no instruction
-        values = codebook if nf4 else (torch.arange(16.0) - 8).to(dtype)
-        for code in range(16):
-            pair = [[(code + 5 * side + 3 * i) % 16 for i in range(4)] for side in range(2)]
-            places = [(pair[side][i], place(4, nf4, i, side)) for side in range(2) for i in range(4)]
-            word = sum(each << 4 * at for each, at in places)
-            found = machine.run(program, [0, 0, 0, 0, word, *operands])[:4]
-            halves = torch.tensor([[value & 0xFFFF, value >> 16] for value in found]).to(torch.uint16)
-            scale = factors[:, lane // 4 % 2].repeat_interleave(4 // scales)
-            assert torch.equal(halves.view(dtype).T, (values[torch.tensor(pair)].float() * scale).to(dtype))
+            given = factors.to(dtype).view(torch.int32)[:, 0]
+            program = unpack_ptx.integers(4, dtype, scales)
+        operands = torch.cat((words, given.repeat_interleave(2).expand(len(words), -1)), dim=1)
+        found = unpacked(program, operands, 4, dtype, codebook if nf4 else None)
+        expected = factors[:, lane // 4 % 2].T.repeat_interleave(4 // scales, dim=1)[
+            :, None
+        ]  # (threads, 1, 4)
+        assert torch.equal(found, (values[codes].float() * expected).to(dtype))
 
     def test_constraints_are_of_the_operands(self) -> None:
         for bits, program in (
@@ -331,106 +315,23 @@ class TestPtx:
             assert unpack_ptx.constraints(4, scales) == ",".join(["=r"] * 4 + ["r"] * (1 + 2 * scales))
 
 
-class Machine:
-    """Follows the instructions that `unpack_ptx` uses, one thread at a time.
-
-    Args:
-        codebook: 16 values in global memory, from 2**40 on.
-        lane: of every thread.
-    """
-
-    TABLE = 1024  # where the shared variable lies
-
-    def __init__(self, codebook: list[float], lane: int) -> None:
-        self.codebook, self.lane, self.shared = codebook, lane, dict[int, int]()
-
-    def run(self, program: str, operands: list[int], thread: int = 0) -> list[int]:
-        """Return what $0, $1, ... hold after a program; `operands` are what its last ones hold before."""
-        count = 1 + max(map(int, re.findall(r"\$(\d+)", program)))
-        held: dict[str, int] = {
-            f"${count - len(operands) + at}": value for at, value in enumerate(operands)
-        } | {"%tid.x": thread, "%ntid.x": 64, "%laneid": self.lane, "quantkit_nf4_table": self.TABLE}
-        for line in re.sub(r"[{}]\n|\n}", "", program).split(";"):
-            words = line.replace(",", " ").split()
-            if not words or words[0] in (".reg", ".shared", "bar.sync"):
-                continue
-            if words[0].startswith("@") and not held[words.pop(0)[1:]]:
-                continue
-            self._step(words[0], words[1:], held)
-        return [held[f"${at}"] for at in range(count)]
-
-    def _step(self, instruction: str, operands: list[str], held: dict[str, int]) -> None:
-        def value(operand: str) -> int:
-            operand = operand.strip("[]{}")
-            return held[operand] if operand in held else int(operand, 0)
-
-        name, *kind = instruction.split(".")
-        if name == "st":
-            for at, word in enumerate(operands[1:]):
-                address = value(operands[0]) + 4 * at - self.TABLE
-                assert address not in self.shared or self.shared[address] == value(word)
-                self.shared[address] = value(word)
-            return
-        if operands[0].startswith("{"):
-            low, high, both = operands[0].strip("{"), operands[1].strip("}"), value(operands[2])
-            held[low], held[high] = both & 0xFFFF, both >> 16
-            return
-        into, (first, *rest) = operands[0], [value(operand) for operand in operands[1:]]
-        if name == "ld":
-            shared = "shared" in kind
-            held[into] = (
-                self.shared[first - self.TABLE] if shared else bits(self.codebook[(first - (1 << 40)) // 4])
-            )
-        elif name == "cvt" and kind == ["f32", "f16"]:
-            held[into] = bits(torch.tensor(first).to(torch.uint16).view(torch.float16).item())
-        elif name == "cvt":
-            dtype = torch.bfloat16 if "bf16x2" in kind else torch.float16
-            pair = torch.tensor([single(rest[0]), single(first)]).to(dtype).view(torch.uint16)
-            held[into] = int(pair[0]) | int(pair[1]) << 16
-        elif name == "fma":
-            held[into] = multiply_add(first, *rest, "bf16x2" in kind)
-        elif name == "mul" and "f32" in kind:
-            held[into] = bits((torch.tensor(single(first)) * torch.tensor(single(rest[0]))).item())
-        elif name == "mul":
-            held[into] = multiply_add(first, rest[0], 0, "bf16x2" in kind)
-        elif name == "prmt":
-            both = first | rest[0] << 32
-            chosen = [both >> 8 * (rest[1] >> 4 * at & 7) & 0xFF for at in range(4)]
-            held[into] = sum(byte << 8 * at for at, byte in enumerate(chosen))
-        elif name == "lop3":
-            held[into] = logic(first, *rest)
-        else:
-            held[into] = {
-                "mov": lambda: first,
-                "shr": lambda: first >> rest[0],
-                "shl": lambda: first << rest[0] & 0xFFFFFFFF,
-                "and": lambda: first & rest[0],
-                "add": lambda: first + rest[0],
-                "mad": lambda: first * rest[0] + rest[1],
-                "setp": lambda: int(first < rest[0]),
-            }[name]()
-
-
-def bits(value: float) -> int:
-    """Return the bits of a float32."""
-    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32)) & 0xFFFFFFFF
-
-
-def single(held: int) -> float:
-    """Return the float32 of some bits."""
-    return float(torch.tensor(held).to(torch.uint32).view(torch.float32))
-
-
-def logic(a: int, b: int, c: int, table: int) -> int:
-    """PTX ISA, `lop3`: bit 4 a + 2 b + c of the table is the result for the bits a, b, c of the operands."""
-    return sum((table >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1) << i for i in range(32))
-
-
-def multiply_add(a: int, b: int, c: int, bf16: bool) -> int:
-    """PTX ISA, `fma` of two 16-bit values in a register, rounded once."""
-    dtype = torch.bfloat16 if bf16 else torch.float16
-    x, y, z = (
-        torch.tensor([each & 0xFFFF, each >> 16]).to(torch.uint16).view(dtype).double() for each in (a, b, c)
+def every_code(bits: int, nf4: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes (threads, 2, PER) of both halves of words, each code everywhere, and the words (threads, 1)."""
+    per = 16 // bits
+    codes = torch.arange(2**bits).repeat(2 * per, 1)
+    codes = torch.stack([row.roll(3 * at) for at, row in enumerate(codes)], dim=1).view(-1, 2, per)
+    codes = codes.repeat(max(1, 64 // len(codes)), 1, 1)
+    words = sum(
+        codes[:, side, i] << bits * place(bits, nf4, i, side) for side in range(2) for i in range(per)
     )
-    low, high = (x * y + z).to(dtype).view(torch.uint16).tolist()
-    return int(low | high << 16)
+    return codes, torch.as_tensor(words)[:, None].to(torch.uint32).view(torch.int32)
+
+
+def unpacked(
+    program: str, operands: torch.Tensor, per: int, dtype: torch.dtype, codebook: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the pairs (threads, 2, PER) that a program makes of operands (threads, count)."""
+    before = "" if codebook is None else unpack_ptx.nf4_table(dtype)
+    found = assembled(program, operands, per, before, codebook)
+    halves = torch.stack((found & 0xFFFF, found >> 16 & 0xFFFF), dim=1)
+    return halves.to(torch.uint16).view(dtype)

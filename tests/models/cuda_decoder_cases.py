@@ -27,8 +27,8 @@ CASES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
     "int8-kv8-one-row": ("int8", 8, 0, 1, {"n_layers": 1}),
     "int4-window-kv16": ("int4-g32", 16, 0, 3, {"sliding_window": 4}),
     "int4-biases-kv4": ("int4-g64", 4, 0, 3, {"architecture": "llama", "qkv_bias": True, "mlp_bias": True}),
-    "nf4-window-kv8-g16": ("nf4", 8, 16, 3, {"sliding_window": 5}),
-    "nf4-dq-apart": ("nf4-dq", 16, 0, 2, {"head_dim": 24}),
+    "nf4-window-kv8-g16": ("nf4", 8, 16, 3, {"sliding_window": 5, "intermediate_size": 128}),
+    "nf4-dq-apart": ("nf4-dq", 16, 0, 2, {"head_dim": 32, "intermediate_size": 128}),
 }  # fmt: skip
 
 
@@ -36,33 +36,34 @@ CASES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
 def test_every_token_is_the_operators(name: str) -> None:
     scheme, bits, group, batch, overrides = CASES[name]
     ids = random_ids(batch, 6, DEVICE)
-    found, expected = (
-        decode(make(scheme, torch.bfloat16, DEVICE, fused, **overrides), ids, 3, bits, group)
-        for fused in (True, False)
-    )
+    decoders = [make(scheme, torch.bfloat16, DEVICE, fused, **overrides) for fused in (True, False)]
+    assert decoders[0]._cuda is not None
+    found, expected = (decode(decoder, ids, 3, bits, group) for decoder in decoders)
     assert distance(found, expected) <= RELATIVE[bits]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["bf16-tied-biases-kv4", "int8-kv8-one-row", "int4-window-kv16", "nf4-window-kv8-g16"]
+)
 def test_prompts_are_the_operators(name: str) -> None:
-    """Two chunks, of which the second sees the first, and what they leave in the cache."""
+    """Two chunks, of which the second sees the first, and what they leave in a cache that has not rolled yet."""
     scheme, bits, group, batch, overrides = CASES[name]
-    ids = random_ids(batch, 9, DEVICE)
+    ids = random_ids(batch, 6, DEVICE)
     states, caches = [], []
     for fused in (True, False):
-        window = {"sliding_window": 9} if "sliding_window" in overrides else {}
+        window = {"sliding_window": 6} if "sliding_window" in overrides else {}
         decoder = make(scheme, torch.bfloat16, DEVICE, fused, **overrides | window)
-        caches.append(decoder.new_cache(batch, 10, bits, group))
+        caches.append(decoder.new_cache(batch, 7, bits, group))
+        assert (decoder._cuda is not None) == fused
         assert decoder._cuda is None or decoder._cuda.takes(ids, caches[-1])
         chunks = [decoder.forward(piece, caches[-1]) for piece in (ids[:, :4], ids[:, 4:])]
         states.append(torch.cat(chunks, dim=1).float())
-    assert states[0].shape == (batch, 9, 64)
+    assert states[0].shape == (batch, 6, 64)
     assert distance(*states) <= RELATIVE[bits]
-    assert [cache.length for cache in caches] == [9, 9]
-    held = [torch.stack(cache.held(0, 9)).float() for cache in caches]
-    assert (
-        distance(*held) <= {16: 2.0**-7, 8: 2.0**-6, 4: 2.0**-2}[bits]
-    )  # a code on an edge may fall to either side
+    assert [cache.length for cache in caches] == [6, 6]
+    held = [torch.stack(cache.held(0, 6)).float() for cache in caches]
+    step = {16: 2.0**-7, 8: 2.0**-6, 4: 2.0**-2}[bits]  # a code on an edge may fall to either side
+    assert distance(*held) <= step
 
 
 def test_float16() -> None:
