@@ -22,7 +22,7 @@ _COMPILED: dict[Any, ptx_machine.Program] = {}
 
 @contextmanager
 def followed(
-    monkeypatch: pytest.MonkeyPatch, capability: int = 90, copies_late: bool = False
+    monkeypatch: pytest.MonkeyPatch, capability: int = 90, order: ptx_machine.Order = ptx_machine.IN_STEP[0]
 ) -> Iterator[list[str]]:
     """Have kernels of a capability followed on the CPU, for whatever launches them; yields the names of those."""
     from quantkit.kernels import ops
@@ -38,7 +38,7 @@ def followed(
             each for each, kind in zip(arguments, kinds(arguments), strict=True) if kind[0] != "constexpr"
         ]
         program = compiled(kernel, arguments, constants, capability)
-        ptx_machine.run(program, (*grid, 1, 1)[:3], taken, copies_late)
+        ptx_machine.run(program, (*grid, 1, 1)[:3], taken, order)
 
     with monkeypatch.context() as patched:
         for module in (launch, row, step):

@@ -1,10 +1,11 @@
-"""Follows a kernel's PTX on the CPU, all threads of a program in step: what Triton's interpreter does not see.
+"""Follows a kernel's PTX on the CPU: what Triton's interpreter does not see.
 
 A machine knows the instructions that this package's kernels come to; another one is an error, and so is a branch that
-threads of one program take differently. Barriers mean nothing to threads in step. What runs behind their backs does so
-at either end of its time: copies to shared memory when they are asked for and products of a warpgroup when they are
-waited for, or the other way round (`copies_late`). A kernel that reads what has not come, or lets a copy overwrite what
-a product still reads, gives other results in one of both.
+threads in step take differently. What the threads of a program do at the same time it does in some `Order`: all in
+step, or parties of them one after another from barrier to barrier, the first or the last of them first. What runs
+behind their backs does so at either end of its time: copies to shared memory when they are asked for and products of a
+warpgroup when they are waited for, or the other way round. A kernel that reads what has not come, or overwrites what
+is still read, gives other results in one order or another.
 
 Sources: NVIDIA's PTX ISA 8.8; its sections on `mma`, `ldmatrix` and `wgmma` draw which thread holds which elements.
 """
@@ -13,14 +14,15 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-LANES = 32
+LANES, WARPGROUP = 32, 128
+_ENDED = object()
 GLOBAL = 1 << 40  # where global memory begins
 ALIGNMENT = 256  # of a tensor there
 SHARED_BYTES = 232_448
@@ -39,7 +41,7 @@ _ARITHMETIC: dict[str, Callable[[Array, Array], Array]] = {
     "rsqrt": lambda a, b: 1 / np.sqrt(a), "sqrt": lambda a, b: np.sqrt(a), "ex2": lambda a, b: np.exp2(a),
 }  # fmt: skip
 _OTHERS = {"fma", "shl", "shr"}
-_NOTHING = {"bar", "ret", "griddepcontrol", "fence", "prefetch", "mbarrier"}  # to threads in step
+_NOTHING = {"bar", "ret", "griddepcontrol", "fence"}  # to a machine
 Array = np.ndarray[Any, Any]
 
 
@@ -122,33 +124,63 @@ class Memory:
             whole.copy_(torch.from_numpy(self.bytes[start : start + len(whole)]))
 
 
+@dataclass(frozen=True)
+class Order:
+    """When what happens that may happen at once; see the module.
+
+    Attributes:
+        copies_late: whether copies are made when they are waited for, and products when they are asked for.
+        apart: whether the program's warps take turns, or its warpgroups where these make products.
+        backwards: whether the last of them comes first.
+    """
+
+    copies_late: bool = False
+    apart: bool = False
+    backwards: bool = False
+
+    def parties(self, program: Program) -> list[range]:
+        """Return the threads that are in step, in turn."""
+        threads = size = program.threads
+        if self.apart:
+            size = WARPGROUP if any(one.name == "wgmma" for one in program.instructions) else LANES
+        found = [range(start, start + size) for start in range(0, threads, size)]
+        return found[::-1] if self.backwards else found
+
+
+IN_STEP = (Order(), Order(copies_late=True))
+APART = tuple(Order(late, True, backwards) for late in (False, True) for backwards in (False, True))
+
+
 class Machine:
-    """One program of a kernel.
+    """Threads in step of one program of a kernel.
 
     Args:
         program: the kernel.
         memory: global memory.
+        shared: bytes of the program's shared memory.
         arguments: addresses and numbers of the parameters, floats as such.
         at: of the program, along three axes.
         grid: programs along them.
-        copies_late: see the module.
+        party: which threads.
+        copies_late: see `Order`.
     """
 
     def __init__(
         self,
         program: Program,
         memory: Memory,
+        shared: Array,
         arguments: Sequence[int | float],
         at: tuple[int, int, int],
         grid: tuple[int, int, int],
+        party: range,
         copies_late: bool,
     ) -> None:
-        self._program, self._memory, self._late = program, memory, copies_late
-        self._count = program.threads
-        threads = np.arange(self._count, dtype=np.uint64)
-        self._shared = np.full(SHARED_BYTES, 0xFF, np.uint8)  # what nobody wrote is no number
+        self._program, self._memory, self._shared, self._late = program, memory, shared, copies_late
+        self._count = len(party)
+        threads = np.arange(party.start, party.stop, dtype=np.uint64)
         self._held: dict[str, Array] = {
-            "%tid.x": threads, "%ntid.x": self._all(self._count), "%laneid": threads % LANES,
+            "%tid.x": threads, "%ntid.x": self._all(program.threads), "%laneid": threads % LANES,
             **{f"%ctaid.{axis}": self._all(place) for axis, place in zip("xyz", at, strict=True)},
             **{f"%nctaid.{axis}": self._all(count) for axis, count in zip("xyz", grid, strict=True)},
             **{name: self._all(address) for name, address in program.shared.items()},
@@ -161,8 +193,8 @@ class Machine:
         self._copies: list[list[Callable[[], None]]] = [[]]
         self._products: list[list[Callable[[], None]]] = [[]]
 
-    def run(self) -> None:
-        """Follow the program to its end."""
+    def follow(self) -> Iterator[None]:
+        """Follow the program to its end, and pause at each barrier."""
         at, instructions = 0, self._program.instructions
         while at < len(instructions):
             one = instructions[at]
@@ -175,6 +207,10 @@ class Machine:
                     at = self._program.labels[one.operands[-1]]
             elif one.name == "ret" and mask.all():
                 break
+            elif one.name == "bar" and one.kind[0] == "sync":
+                if one.operands != ("0",):
+                    raise AssertionError(f"the machine knows no barrier of some threads: {one}")
+                yield
             elif one.name not in _NOTHING:
                 self._step(one, mask)
 
@@ -485,7 +521,7 @@ class Machine:
 
     def _described(self, descriptor: Array, columns: int, kind: str) -> Array:
         """Return the right operand in shared memory, whose rows lie along k: float32 (warpgroups, 16, columns)."""
-        whole = descriptor.reshape(-1, 4 * LANES)
+        whole = descriptor.reshape(-1, WARPGROUP)
         if (whole != whole[:, :1]).any():
             raise AssertionError("threads of a warpgroup have several descriptors")
         found = []
@@ -561,7 +597,7 @@ def _narrow(values: Array, kind: str) -> Array:
     single = np.ascontiguousarray(values, np.float32)
     if (
         values.dtype == np.float64
-    ):  # to an odd last bit where that is not exact, so that only the next rounding counts
+    ):  # where that is not exact, to an odd last bit: the next rounding alone counts
         bits = np.where(np.abs(single) > np.abs(values), single.view(np.uint32) - 1, single.view(np.uint32))
         single = (bits | (single != values)).astype(np.uint32).view(np.float32)
     with np.errstate(all="ignore"):
@@ -572,12 +608,21 @@ def _narrow(values: Array, kind: str) -> Array:
     return np.where(np.isnan(single), np.uint16(0x7FC0), rounded)
 
 
-def run(program: Program, grid: tuple[int, int, int], arguments: Sequence[Any], copies_late: bool) -> None:
+def run(program: Program, grid: tuple[int, int, int], arguments: Sequence[Any], order: Order) -> None:
     """Run a whole grid over numbers and tensors of the CPU, which are written in place."""
     memory = Memory()
     given = [memory.place(each) if isinstance(each, torch.Tensor) else each for each in arguments]
     for x, y, z in itertools.product(*map(range, grid)):
-        Machine(program, memory, given, (x, y, z), grid, copies_late).run()
+        shared = np.full(SHARED_BYTES, 0xFF, np.uint8)  # what nobody wrote is no number
+        parties = [
+            Machine(program, memory, shared, given, (x, y, z), grid, party, order.copies_late).follow()
+            for party in order.parties(program)
+        ]
+        done: set[bool] = set()
+        while True not in done:
+            done = {next(party, _ENDED) is _ENDED for party in parties}
+        if False in done:
+            raise AssertionError("some threads end where others wait at a barrier")
     memory.back()
 
 
@@ -602,5 +647,5 @@ def assembled(
         before.replace("$0", "%r2").replace("$1", "%rd2"), ";", *inputs,
         re.sub(r"\$(\d+)", r"%q\1", text), ";", *outputs, "ret;\n}",
     ]  # fmt: skip
-    run(Program("\n".join(lines)), (1, 1, 1), [memory, table], copies_late=False)
+    run(Program("\n".join(lines)), (1, 1, 1), [memory, table], Order())
     return memory[:, :results]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -15,7 +15,7 @@ from quantkit.kernels.triton.tuning import FAMILIES, Batch
 from quantkit.quantize import quantize
 from quantkit.schemes import SCHEMES, QuantScheme
 from tests.kernels.ptx_launch import followed
-from tests.kernels.ptx_machine import Program, run
+from tests.kernels.ptx_machine import APART, IN_STEP, Order, Program, run
 
 LARGE = Batch(512, rows=256, warps=16, stages=3, programs=1, lines=128, scaled=True)
 QUANTIZED = [name for name, scheme in SCHEMES.items() if scheme.quantized]
@@ -43,15 +43,18 @@ def case(
     return kernels.pack([weight]).tiles, x, x.double() @ reference.dequantize(weight).double().T
 
 
-def twice(
-    monkeypatch: pytest.MonkeyPatch, capability: int, work: Callable[[], torch.Tensor]
+def in_every(
+    orders: Sequence[Order],
+    monkeypatch: pytest.MonkeyPatch,
+    capability: int,
+    work: Callable[[], torch.Tensor],
 ) -> tuple[torch.Tensor, list[str]]:
-    """Return a result that does not depend on when copies and products come, and which kernels ran."""
+    """Return a result that does not depend on the order, and which kernels ran."""
     found = []
-    for late in (False, True):
-        with followed(monkeypatch, capability, late) as names:
+    for order in orders:
+        with followed(monkeypatch, capability, order) as names:
             found.append(work())
-    assert torch.equal(*found), "what is copied or multiplied is not waited for"
+    assert all(torch.equal(each, found[0]) for each in found), "something is not waited for"
     return found[0], names
 
 
@@ -67,18 +70,19 @@ def check_batch(
     lines: int,
     shape: tuple[int, int] = (256, 512),
     dtype: torch.dtype = torch.bfloat16,
+    orders: Sequence[Order] = IN_STEP,
 ) -> None:
     from quantkit.kernels.triton import launch
 
     matrix, x, exact = case(SCHEMES[scheme], shape, lines, dtype)
-    found, names = twice(monkeypatch, capability, lambda: launch.by_batch(x, matrix, None, batch))
+    found, names = in_every(orders, monkeypatch, capability, lambda: launch.by_batch(x, matrix, None, batch))
     assert names[0] == "batch_kernel"
     assert distance(found, exact) <= RELATIVE[dtype]
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4-g128", "int4-g32", "nf4"])
 def test_large_tiles_on_hopper(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_batch(monkeypatch, 90, scheme, LARGE, 100)
+    check_batch(monkeypatch, 90, scheme, LARGE, 100, orders=[*IN_STEP, *APART])
 
 
 @pytest.mark.parametrize(
@@ -88,7 +92,7 @@ def test_todays_tiles_on_hopper(scheme: str, lines: int, monkeypatch: pytest.Mon
     matrix, _, _ = case(SCHEMES[scheme], (8, 128), 1, torch.bfloat16)
     batch = FAMILIES[90].batch(matrix.kind, lines)
     assert batch is not None
-    check_batch(monkeypatch, 90, scheme, batch, lines, (200, 640))
+    check_batch(monkeypatch, 90, scheme, batch, lines, (200, 640), orders=[IN_STEP[0], *APART])
 
 
 @pytest.mark.parametrize(
@@ -99,7 +103,8 @@ def test_small_tiles_on_other_gpus(
     capability: int, scheme: str, lines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = FAMILIES[capability].batches["nf4"][0]
-    check_batch(monkeypatch, capability, scheme, replace(batch, programs=2), lines, (100, 384))
+    orders = [IN_STEP[0], *APART]
+    check_batch(monkeypatch, capability, scheme, replace(batch, programs=2), lines, (100, 384), orders=orders)
 
 
 @pytest.mark.slow
@@ -124,7 +129,8 @@ def test_one_row_on_hopper(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None
     for shape in ((384, 1024), (256, 1536)):
         matrix, x, exact = case(SCHEMES[scheme], shape, 1, torch.bfloat16)
         assert row.takes_x(x, matrix)
-        found, names = twice(monkeypatch, 90, lambda: row.product(x, matrix))  # noqa: B023
+        orders = IN_STEP if shape[0] < 300 else [IN_STEP[0], *APART]
+        found, names = in_every(orders, monkeypatch, 90, lambda: row.product(x, matrix))  # noqa: B023
         assert names == ["row_kernel"]
         assert distance(found, exact) <= RELATIVE[torch.bfloat16]
 
@@ -137,10 +143,10 @@ def test_vectors_and_whole_matrices(scheme: str, monkeypatch: pytest.MonkeyPatch
     matrix = kernels.pack([weight]).tiles
     x = torch.randn(1, 192)
     exact = x.double() @ reference.dequantize(weight).double().T
-    found, names = twice(monkeypatch, 80, lambda: launch.linear(x, matrix, None))
+    found, names = in_every(IN_STEP, monkeypatch, 80, lambda: launch.linear(x, matrix, None))
     assert names[0] == "vector_kernel"
     assert distance(found, exact) <= 1e-6
-    plain, names = twice(monkeypatch, 80, lambda: launch.dequantize(matrix, torch.bfloat16))
+    plain, names = in_every(IN_STEP, monkeypatch, 80, lambda: launch.dequantize(matrix, torch.bfloat16))
     assert names == ["dequantize_kernel"]
     assert torch.equal(plain, reference.dequantize(weight, torch.bfloat16))
 
@@ -171,7 +177,7 @@ def small(text: str, copies_late: bool) -> list[float]:
         Program(".extern .shared .align 16 .b8 global_smem[];\n" + HEADER + text),
         (1, 1, 1),
         [memory],
-        copies_late,
+        Order(copies_late),
     )
     return memory.tolist()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.kernels.ptx_launch import followed
+from tests.kernels.ptx_machine import IN_STEP
 from tests.models.cuda_decoders import decode, distance, make, random_ids
 
 # Attention keeps float32 where the operators round to bfloat16; a key on the edge between two codes may fall to either
@@ -31,8 +32,8 @@ def test_prompts_and_tokens_are_the_operators(
     ids = random_ids(batch, 7, "cpu")
     expected = decode(make(scheme, torch.bfloat16, "cpu", False, False, **overrides), ids, 4, kv_bits)
     found = []
-    for late in (False, True):
-        with followed(monkeypatch, copies_late=late) as names:
+    for order in IN_STEP:
+        with followed(monkeypatch, order=order) as names:
             decoder = make(scheme, torch.bfloat16, "cpu", **overrides)
             assert decoder._cuda is not None
             found.append(decode(decoder, ids, 4, kv_bits))
