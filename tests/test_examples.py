@@ -130,10 +130,9 @@ print(json.dumps([notes, example["best"](notes)]))
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("scheme", ["int4-g128", "nf4"])
-def test_launches_are_tried_and_the_fastest_is_found(scheme: str) -> None:
+def test_launches_are_tried_and_the_fastest_is_found() -> None:
     """In Triton's interpreter, where all are right."""
-    command = [sys.executable, "-c", TRIED, scheme]
+    command = [sys.executable, "-c", TRIED, "int4-g128"]
     environment = _environment() | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     notes, chosen = json.loads(done.stdout)

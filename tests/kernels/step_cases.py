@@ -103,8 +103,9 @@ def test_swiglu_of_parts_that_are_views(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found, expected, rtol=4 * ROUNDING[dtype], atol=1e-6)
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tokens"), [(torch.bfloat16, 1), (torch.float16, 1), (torch.bfloat16, 3)], ids=str
+)
 @pytest.mark.parametrize(("head_dim", "bits", "group"), CACHES)
 def test_heads_are_rotated_and_stored(
     head_dim: int, bits: int, group: int, dtype: torch.dtype, tokens: int

@@ -125,13 +125,11 @@ def test_every_tile(
 def test_one_row_on_hopper(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from quantkit.kernels.triton import row
 
-    for shape in ((384, 1024), (256, 1536)):
-        matrix, x, exact = case(SCHEMES[scheme], shape, 1, torch.bfloat16)
-        assert row.takes_x(x, matrix)
-        orders = IN_STEP if shape[0] < 300 else [IN_STEP[0], *APART]
-        found, names = in_every(orders, monkeypatch, 90, lambda: row.product(x, matrix))  # noqa: B023
-        assert names == ["row_kernel"]
-        assert distance(found, exact) <= RELATIVE[torch.bfloat16]
+    matrix, x, exact = case(SCHEMES[scheme], (128, 1536), 1, torch.bfloat16)
+    assert row.takes_x(x, matrix)
+    found, names = in_every([*IN_STEP, *APART], monkeypatch, 90, lambda: row.product(x, matrix))
+    assert names == ["row_kernel"]
+    assert distance(found, exact) <= RELATIVE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4-g32-asym", "nf4-dq"])

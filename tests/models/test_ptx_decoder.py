@@ -18,7 +18,7 @@ BY_ROWS = {"head_dim": 32, "n_kv_heads": 2, "n_heads": 2}
 
 @pytest.mark.parametrize(
     ("scheme", "kv_bits", "batch", "overrides"),
-    [("int8", 16, 1, BY_ROWS), ("int4-g32", 8, 1, BY_ROWS), ("nf4", 4, 2, {}), ("nf4-dq", 16, 2, {})],
+    [("int8", 16, 1, BY_ROWS), ("int4-g32", 8, 1, BY_ROWS), ("nf4", 4, 2, {})],
 )
 def test_prompts_and_tokens_are_the_operators(
     scheme: str, kv_bits: int, batch: int, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -29,14 +29,14 @@ def test_prompts_and_tokens_are_the_operators(
     if launch.INTERPRETED:
         pytest.skip("TRITON_INTERPRET is set")
     overrides = overrides | {"intermediate_size": 128}  # of whole blocks of NF4
-    ids = random_ids(batch, 7, "cpu")
-    expected = decode(make(scheme, torch.bfloat16, "cpu", False, False, **overrides), ids, 4, kv_bits)
+    ids = random_ids(batch, 5, "cpu")
+    expected = decode(make(scheme, torch.bfloat16, "cpu", False, False, **overrides), ids, 3, kv_bits)
     found = []
     for order in IN_STEP:
         with followed(monkeypatch, order=order) as names:
             decoder = make(scheme, torch.bfloat16, "cpu", **overrides)
             assert decoder._cuda is not None
-            found.append(decode(decoder, ids, 4, kv_bits))
+            found.append(decode(decoder, ids, 3, kv_bits))
         assert {"norm_kernel", "heads_kernel", "swiglu_kernel", "attention_kernel"} <= set(names)
         assert ("row_kernel" in names) == ("n_heads" in overrides)
     assert torch.equal(*found)

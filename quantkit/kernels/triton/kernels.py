@@ -297,8 +297,9 @@ def batch_kernel(
     Program (row block, split, block of x's rows). The transposed product keeps the matrix in registers: unpacked
     there, it is the left operand of the tensor cores, in x's dtype. Integers lose nothing by that, since scales and
     zero points meet the float32 sums, zero points by way of the sums of x; NF4's values are rounded to x's dtype.
-    A tile's scales are loaded while the one before is multiplied. EVEN says that K is whole splits. The interpreter
-    has no product of bfloat16: INTERPRET computes it in float32.
+    A tile's scales are loaded while the one before is multiplied. SCALED says that they meet the weights instead, and
+    are rounded with them: then there are no sums of a group by itself, and room for more rows. EVEN says that K is
+    whole splits. The interpreter has no product of bfloat16: INTERPRET computes it in float32.
     """
     PER: tl.constexpr = 16 // BITS
     dtype: tl.constexpr = tl.float32 if INTERPRET else x.dtype.element_ty
@@ -323,18 +324,9 @@ def batch_kernel(
         if SCALED:
             factors = _factors(scales, inside, tile, N, K, PER, SPANS, GROUP, NF4, INTERPRET)
         pieces = _pieces(
-            codes,
-            (there * N + inside) * _TILE,
-            factors,
-            codebook,
-            dtype,
-            UNPACK,
-            FROM,
-            BITS,
-            NF4,
-            SPANS,
+            codes, (there * N + inside) * _TILE, factors, codebook, dtype, UNPACK, FROM, BITS, NF4, SPANS,
             INTERPRET,
-        )
+        )  # fmt: skip
         if GROUP > 0 and not SCALED:
             tile_scales = ahead
             ahead = _tile_scales(

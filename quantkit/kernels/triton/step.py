@@ -26,7 +26,7 @@ _FULL = 0.95  # share of such a wave, or of the last of several, that is worth n
 _MOST_SPLITS = 64
 _BLOCK = {16: 64, 8: 64, 4: 128}  # keys that a program reads at once
 _USUAL_HEAD = 128  # elements
-_FEW_ROWS = 64
+_FEW_ROWS = 64  # as many as decoded sequences
 _WORD_BITS = (32, 16, 8)
 _WORDS = {32: torch.int32, 16: torch.int16, 8: torch.uint8}
 

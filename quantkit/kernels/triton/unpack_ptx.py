@@ -20,6 +20,7 @@ are multiples of eight away.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 
@@ -32,11 +33,13 @@ TABLE_BYTES = 4 * _LANES * _ENTRIES
 TABLE_CONSTRAINTS = "=r,l"  # nothing, and the codebook's address
 
 
+@cache
 def constraints(bits: int, scales: int = 0, scale: str = "r") -> str:
     """Return which registers the instructions take: results, a word, and each scale twice, once for each of a pair."""
     return ",".join(["=r"] * (16 // bits) + ["r"] + [scale] * 2 * scales)
 
 
+@cache
 def integers(bits: int, dtype: torch.dtype, scales: int = 0) -> str:
     """Return the instructions for symmetric integers: $0, $1, ... become pairs in a 16-bit `dtype`, from one word.
 
@@ -58,6 +61,7 @@ def integers(bits: int, dtype: torch.dtype, scales: int = 0) -> str:
     return "\n".join(["{", *lines, "}"])
 
 
+@cache
 def nf4(dtype: torch.dtype, scales: int = 0) -> str:
     """Return the instructions for NF4: $0 to $3 become pairs, from the word $4, by the table that was written.
 
