@@ -19,15 +19,9 @@ from quantkit.kernels.triton.layout import Tiles, tiles
 from quantkit.kernels.triton.tuning import FAMILIES, Batch
 from quantkit.schemes import SCHEMES
 from quantkit.tensor import empty_quantized
+from tests.kernels.ptx_launch import OPTIONS, TYPES
 from tests.paths import ROOT
 
-TYPES = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-}
 SHARED_BYTES = {
     75: 65_536,
     80: 166_912,
@@ -37,7 +31,6 @@ SHARED_BYTES = {
     100: 232_448,
     120: 101_376,
 }  # a program's; CUDA's guide, table of capabilities
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 TESTED = {
     "kernels.py": ("vector_kernel", "batch_kernel", "dequantize_kernel", "sum_kernel"),
     "row_kernels.py": ("row_kernel",),
