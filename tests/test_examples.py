@@ -124,7 +124,7 @@ import json, runpy, sys
 from tests.bench.cuda.stand_in import StandIn
 example, device = runpy.run_path("examples/tune_cuda.py"), StandIn()
 device.backend = "triton"
-notes = list(example["tried"](device, sys.argv[1], "o", (64, 256), [3], example["launches"]()[::6], 0))
+notes = list(example["tried"](device, sys.argv[1], "o", (64, 128), [3], example["launches"]()[::6], 0))
 print(json.dumps([notes, example["best"](notes)]))
 """
 

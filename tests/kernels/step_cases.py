@@ -104,9 +104,11 @@ def test_swiglu_of_parts_that_are_views(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tokens"), [(torch.bfloat16, 1), (torch.float16, 1), (torch.bfloat16, 3)], ids=str
+    ("head_dim", "bits", "group", "dtype", "tokens"),
+    [(*cache, dtype, 1) for cache in CACHES for dtype in DTYPES]
+    + [(*cache, torch.bfloat16, 3) for cache in CACHES[3::3]],
+    ids=str,
 )
-@pytest.mark.parametrize(("head_dim", "bits", "group"), CACHES)
 def test_heads_are_rotated_and_stored(
     head_dim: int, bits: int, group: int, dtype: torch.dtype, tokens: int
 ) -> None:

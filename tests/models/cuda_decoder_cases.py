@@ -25,8 +25,8 @@ CASES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
         "bf16", 4, 0, 2, {"architecture": "qwen2", "qkv_bias": True, "tie_embeddings": True}
     ),
     "int8-kv8-one-row": ("int8", 8, 0, 1, {"n_layers": 1}),
-    "int4-window-kv16": ("int4-g32", 16, 0, 3, {"sliding_window": 4}),
-    "int4-biases-kv4": ("int4-g64", 4, 0, 3, {"architecture": "llama", "qkv_bias": True, "mlp_bias": True}),
+    "int4-window-kv16": ("int4-g32", 16, 0, 2, {"sliding_window": 4}),
+    "int4-biases-kv4": ("int4-g64", 4, 0, 2, {"architecture": "llama", "qkv_bias": True, "mlp_bias": True}),
     "nf4-window-kv8-g16": ("nf4", 8, 16, 2, {"sliding_window": 5, "intermediate_size": 128}),
     "nf4-dq-apart": ("nf4-dq", 16, 0, 2, {"head_dim": 32, "intermediate_size": 128}),
 }  # fmt: skip
@@ -42,7 +42,7 @@ def test_every_token_is_the_operators(name: str) -> None:
     assert distance(found, expected) <= RELATIVE[bits]
 
 
-@pytest.mark.parametrize("name", ["bf16-tied-biases-kv4", "int4-window-kv16", "nf4-window-kv8-g16"])
+@pytest.mark.parametrize("name", ["bf16-tied-biases-kv4", "nf4-window-kv8-g16"])
 def test_prompts_are_the_operators(name: str) -> None:
     """Two chunks, of which the second sees the first, and what they leave in a cache that has not rolled yet."""
     scheme, bits, group, batch, overrides = CASES[name]
