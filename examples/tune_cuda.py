@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,10 +22,12 @@ from typing import Any
 import torch
 
 from quantkit.bench.contenders import Contender, rotating
-from quantkit.bench.cuda.device import Cuda, Device
-from quantkit.bench.cuda.kernels import reason
+from quantkit.bench.cuda.device import Cuda, Device, Run
+from quantkit.bench.cuda.kernels import pass_over, reason
 from quantkit.bench.random_weights import random_quantized
+from quantkit.bench.results import BF16
 from quantkit.bench.shapes import matrices
+from quantkit.bench.timing import paired
 from quantkit.errors import QuantkitError
 from quantkit.kernels import ops, reference
 from quantkit.kernels.triton import TiledWeight, launcher
@@ -34,7 +36,7 @@ from quantkit.presets import DEFAULT_PRESET, PRESETS
 from quantkit.schemes import get_scheme
 
 SCHEMES, ROWS = ("int4-g128", "int8", "nf4"), (64, 128, 256, 512)
-TODAY, PLAIN = "today", "torch bf16"
+TODAY = "today"
 # rows of the matrix, rows of x, warps of a program, stages
 TILES = (
     (256, 128, 16, 3), (256, 128, 16, 4), (256, 128, 8, 3), (256, 64, 16, 3), (128, 128, 8, 2), (128, 128, 8, 3),
@@ -85,43 +87,34 @@ def tried(
     for m in rows:
         x = torch.randn(m, shape[1], device=weight.device).bfloat16()
         expected = x.float() @ exact.T
-        contenders = {PLAIN: plain, TODAY: ours} | {
-            str(at): Contender(ours.copies, partial(multiply, batch=batch))
-            for at, batch in enumerate(batches)
-        }
-        graphs: dict[str, Callable[[], object]] = {}
-        notes: dict[str, dict[str, Any]] = {}
-        for who, contender in contenders.items():
-            note = notes[who] = {"scheme": scheme, "matrix": name, "m": m, "launch": who}
-            if who.isdigit():
-                note["launch"] = asdict(batches[int(who)])
+        contenders: list[tuple[Any, Contender]] = [(BF16, plain), (TODAY, ours)]
+        for batch in batches:
+            contenders.append((asdict(batch), Contender(ours.copies, partial(multiply, batch=batch))))
+        graphs: dict[int, Run] = {}
+        notes: list[dict[str, Any]] = []
+        for at, (launch, contender) in enumerate(contenders):
+            note = {"scheme": scheme, "matrix": name, "m": m, "launch": launch}
+            notes.append(note)
             try:
                 found = contender.run(x, 0)
                 note["error"] = ((found.float() - expected).norm() / expected.norm()).item()
                 note["same_bits"] = all(torch.equal(contender.run(x, 0), found) for _ in range(3))
-                graphs[who] = device.graph(partial(_pass_over, contender, x))
+                graphs[at] = device.graph(partial(pass_over, contender, [x], 1))
             except Exception as error:  # too much shared memory, and whatever else a launch runs into
                 note["failed"] = reason(error)
-        times = device.alternate(graphs, ROUNDS)
-        for who, note in notes.items():
-            if who in times:
-                note["seconds"] = median(times[who]) / len(contenders[who].copies)
-                note["times_bf16"] = median(
-                    one / len(plain.copies) / (other / len(contenders[who].copies))
-                    for one, other in zip(times[PLAIN], times[who], strict=True)
-                )
-            yield note
-
-
-def _pass_over(contender: Contender, x: torch.Tensor) -> None:
-    for turn in range(len(contender.copies)):
-        contender.run(x, turn)
+        times = {
+            at: [whole / len(contenders[at][1].copies) for whole in taken]
+            for at, taken in device.alternate(graphs, ROUNDS).items()
+        }
+        for at, taken in times.items():
+            notes[at] |= {"seconds": median(taken), "times_bf16": paired(times[0], taken)}
+        yield from notes
 
 
 def best(notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the fastest launch of some that were right."""
     right = (note for note in notes if note.get("same_bits") and note["error"] < RIGHT and "seconds" in note)
-    return min((note for note in right if note["launch"] != PLAIN), key=lambda note: float(note["seconds"]))
+    return min((note for note in right if note["launch"] != BF16), key=lambda note: float(note["seconds"]))
 
 
 def main(out: str, scheme: str | None = None, *rows: str) -> None:
@@ -132,19 +125,18 @@ def main(out: str, scheme: str | None = None, *rows: str) -> None:
     except QuantkitError as error:
         raise SystemExit(str(error)) from None
     config = PRESETS[DEFAULT_PRESET]
-    cases = list(itertools.product(known, matrices(config).items()))
+    cases, batches = list(itertools.product(known, matrices(config).items())), launches()
     where = str(device.torch_device), device.backend
     device.compile(
         [
             partial(touch, shape, name, m, batch, *where)
-            for (name, (_, shape)), m, batch in itertools.product(cases, counts, launches())
+            for (name, (_, shape)), m, batch in itertools.product(cases, counts, batches)
         ]
     )
     found: list[dict[str, Any]] = []
+    away_bytes = AWAY * device.describe().l2_bytes
     for name, (matrix, shape) in cases:
-        notes = list(
-            tried(device, name, matrix, shape, counts, launches(), AWAY * device.describe().l2_bytes)
-        )
+        notes = list(tried(device, name, matrix, shape, counts, batches, away_bytes))
         found += notes
         Path(out).write_text(json.dumps(found, indent=1) + "\n")
         for m in counts:

@@ -49,24 +49,43 @@ def followed(
 
 def compiled(kernel: Any, arguments: Any, constants: dict[str, Any], capability: int) -> ptx_machine.Program:
     """Return a kernel as Triton compiles it for such arguments."""
+    found = kinds(arguments)
+    key = kernel.__name__, tuple(found), tuple(constants.items()), capability
+    if key not in _COMPILED:
+        named = dict(zip(kernel.arg_names, zip(arguments, found, strict=True), strict=False))
+        fixed = {name: each for name, (each, (kind, _)) in named.items() if kind == "constexpr"}
+        types = {name: kind for name, (_, (kind, _)) in named.items() if kind != "constexpr"}
+        even = {name for name, (_, (_, even)) in named.items() if even}
+        result = translate(kernel, capability, types, fixed | constants, even)
+        _COMPILED[key] = ptx_machine.Program(result.asm["ptx"])
+    return _COMPILED[key]
+
+
+def translate(
+    kernel: Any, capability: int, types: dict[str, str], constants: dict[str, Any], even: set[str]
+) -> Any:
+    """Return what Triton compiles a kernel to.
+
+    Args:
+        kernel: of `triton.jit`.
+        capability: of the GPU.
+        types: of arguments by name.
+        constants: other arguments by name, and options.
+        even: names of arguments that are divisible by 16.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    found = kinds(arguments)
-    key = kernel.__name__, tuple(found), tuple(constants.items()), capability
-    if key not in _COMPILED:
-        names = kernel.arg_names
-        fixed = {(at,): each for at, each in enumerate(arguments) if found[at][0] == "constexpr"}
-        fixed |= {(at,): constants[names[at]] for at in range(len(arguments), len(names))}
-        signature = dict.fromkeys(names, "constexpr")
-        signature |= {name: kind for name, (kind, _) in zip(names, found, strict=False)}
-        aligned = {(at,): [["tt.divisibility", ALIGNMENT]] for at, (_, even) in enumerate(found) if even}
-        options = {name: constants[name] for name in OPTIONS if name in constants}
-        source = ASTSource(kernel, signature, fixed, aligned)
-        result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        _COMPILED[key] = ptx_machine.Program(result.asm["ptx"])
-    return _COMPILED[key]
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        {name: types.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in constants.items() if name in names},
+        {(names.index(name),): [["tt.divisibility", ALIGNMENT]] for name in names if name in even},
+    )
+    options = {name: constants[name] for name in OPTIONS if name in constants}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def kinds(arguments: Any) -> list[tuple[str, bool]]:

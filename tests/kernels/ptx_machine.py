@@ -41,7 +41,7 @@ _ARITHMETIC: dict[str, Callable[[Array, Array], Array]] = {
     "rsqrt": lambda a, b: 1 / np.sqrt(a), "sqrt": lambda a, b: np.sqrt(a), "ex2": lambda a, b: np.exp2(a),
 }  # fmt: skip
 _OTHERS = {"fma", "shl", "shr"}
-_NOTHING = {"bar", "ret", "griddepcontrol", "fence"}  # to a machine
+_NOTHING = {"bar", "griddepcontrol", "fence"}  # to a machine
 Array = np.ndarray[Any, Any]
 
 
@@ -68,12 +68,9 @@ class Program:
             if size:  # one without belongs to the launch, and comes last
                 end = -(-end // int(align)) * int(align)
                 self.shared[name], end = end, end + int(size)
-        self.static_bytes = -(-end // 1024) * 1024
-        self.shared["global_smem"] = self.static_bytes
+        self.shared["global_smem"] = -(-end // 1024) * 1024
         body = entry[entry.index("{") :]
-        body = re.sub(
-            r"^\s*\.(loc|file|section|pragma|reg|shared|b8|b32|b64|loc)\b[^\n]*$", "", body, flags=re.M
-        )
+        body = re.sub(r"^\s*\.(loc|file|section|pragma|reg|shared|b8|b32|b64)\b[^\n]*$", "", body, flags=re.M)
         self.labels: dict[str, int] = {}
         self.instructions: list[Instruction] = []
         for statement in re.split(r";|^(\$?\w+):", body, flags=re.M):
@@ -200,13 +197,11 @@ class Machine:
             one = instructions[at]
             mask = self._mask(one.guard)
             at += 1
-            if one.name == "bra":
+            if one.name in ("bra", "ret"):
                 if mask.any() != mask.all():
                     raise AssertionError(f"threads of one program part at {one}")
                 if mask.all():
-                    at = self._program.labels[one.operands[-1]]
-            elif one.name == "ret" and mask.all():
-                break
+                    at = self._program.labels[one.operands[-1]] if one.name == "bra" else len(instructions)
             elif one.name == "bar" and one.kind[0] == "sync":
                 if one.operands != ("0",):
                     raise AssertionError(f"the machine knows no barrier of some threads: {one}")

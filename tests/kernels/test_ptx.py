@@ -16,8 +16,8 @@ from quantkit.quantize import quantize
 from quantkit.schemes import SCHEMES, QuantScheme
 from tests.kernels.ptx_launch import followed
 from tests.kernels.ptx_machine import APART, IN_STEP, Order, Program, run
+from tests.kernels.test_triton_compile import LARGE
 
-LARGE = Batch(512, rows=256, warps=16, stages=3, programs=1, lines=128, scaled=True)
 QUANTIZED = [name for name, scheme in SCHEMES.items() if scheme.quantized]
 # of results in bfloat16: 2**-9 each, but for codes' and scales' roundings; what is computed otherwise is 1 away
 RELATIVE = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -82,7 +82,7 @@ def check_batch(
 
 @pytest.mark.parametrize("scheme", ["int8", "int4-g128", "int4-g32", "nf4"])
 def test_large_tiles_on_hopper(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_batch(monkeypatch, 90, scheme, LARGE, 100, orders=[*IN_STEP, *APART])
+    check_batch(monkeypatch, 90, scheme, replace(LARGE, programs=1), 100, orders=[*IN_STEP, *APART])
 
 
 @pytest.mark.parametrize(
@@ -192,6 +192,7 @@ def test_the_machine_tells_a_copy_that_is_not_waited_for() -> None:
     ("line", "message"),
     [
         ("@%p1 bra $L__end;\n$L__end:", "threads of one program part"),
+        ("@%p1 ret;", "threads of one program part"),
         ("tcgen05.ld.sync %r7, [%r4];", "does not know tcgen05"),
         ("ld.global.b32 %r7, [%rd2 + 4096];", "outside of global memory"),
         ("add.s32 %r7, %r99, 1;", "nothing has written %r99"),

@@ -301,6 +301,20 @@ class TestPtx:
         ]  # (threads, 1, 4)
         assert torch.equal(found, (values[codes].float() * expected).to(dtype))
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_the_whole_table_is_written(self, dtype: torch.dtype) -> None:
+        codebook = torch.tensor(NF4_CODEBOOK).to(dtype)
+        threads, count = unpack_ptx.LEAST_THREADS, unpack_ptx.TABLE_BYTES // 4 // unpack_ptx.LEAST_THREADS
+        program = ["{", ".reg .b32 at;", "mov.u32 at, quantkit_nf4_table;", f"add.u32 at, at, ${count};"]
+        program += [f"ld.shared.b32 ${i}, [at + {4 * threads * i}];" for i in range(count)]
+        starts = 4 * torch.arange(threads, dtype=torch.int32)[:, None]
+        found = assembled("\n".join([*program, "}"]), starts, count, unpack_ptx.nf4_table(dtype), codebook)
+        rows = found.T.reshape(256, 32)  # of a byte's two codes, a copy for each lane
+        halves = torch.stack((rows & 0xFFFF, rows >> 16 & 0xFFFF), dim=-1).to(torch.uint16).view(dtype)
+        byte = torch.arange(256)
+        expected = torch.stack((codebook[byte & 15], codebook[byte >> 4]), dim=-1)
+        assert torch.equal(halves, expected[:, None].expand(-1, 32, -1)), "not all of the table is written"
+
     def test_constraints_are_of_the_operands(self) -> None:
         for bits, program in (
             (8, unpack_ptx.integers(8, torch.bfloat16)),

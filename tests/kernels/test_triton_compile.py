@@ -19,7 +19,7 @@ from quantkit.kernels.triton.layout import Tiles, tiles
 from quantkit.kernels.triton.tuning import FAMILIES, Batch
 from quantkit.schemes import SCHEMES
 from quantkit.tensor import empty_quantized
-from tests.kernels.ptx_launch import OPTIONS, TYPES
+from tests.kernels.ptx_launch import TYPES, translate
 from tests.paths import ROOT
 
 SHARED_BYTES = {
@@ -307,26 +307,12 @@ def build(
     constants: dict[str, Any],
     numbers: dict[str, int],
 ) -> Compiled:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = function.arg_names
     constants = constants | {"EARLY": FAMILIES[capability].early}
-    options = {name: constants[name] for name in OPTIONS if name in constants}
-    fixed = {name: constants[name] for name in names if name in constants}
-    fixed |= {name: None for name in names if name in types and types[name] is None}
-    signature = {name: "constexpr" if name in fixed else types[name] for name in names}
+    absent = {name: None for name, kind in types.items() if kind is None}
+    taken = {name: kind for name, kind in types.items() if kind is not None and name not in constants}
     # what the launcher finds of real tensors and numbers
-    aligned = {
-        (at,): [["tt.divisibility", 16]]
-        for at, name in enumerate(names)
-        if signature[name].startswith("*") or numbers.get(name, 1) % 16 == 0
-    }
-    source = ASTSource(
-        function, signature, {(names.index(name),): value for name, value in fixed.items()}, aligned
-    )
-    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    even = {name for name, kind in taken.items() if kind.startswith("*") or numbers.get(name, 1) % 16 == 0}
+    result = translate(function, capability, taken, absent | constants, even)
     return Compiled(
         constants=constants,
         shared_bytes=result.metadata.shared,

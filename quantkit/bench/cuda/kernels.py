@@ -108,7 +108,7 @@ def _cell(
     graphs: dict[str, Run] = {}
     for name, contender in beside.items():
         try:
-            graphs[name] = device.graph(partial(_pass_over, contender, xs, passes))
+            graphs[name] = device.graph(partial(pass_over, contender, xs, passes))
         except Exception as error:  # other packages raise what they like
             yield Failure(f"{weight.scheme.name}, {matrix}, M = {m}, {name}", reason(error))
     if OURS not in graphs or BF16 not in graphs:
@@ -138,7 +138,8 @@ def _cell(
     )
 
 
-def _pass_over(contender: Contender, xs: Sequence[torch.Tensor], passes: int) -> None:
+def pass_over(contender: Contender, xs: Sequence[torch.Tensor], passes: int) -> None:
+    """Multiply by each of a contender's copies in turn, so many times over; rows of x take turns, too."""
     for turn in range(passes * len(contender.copies)):
         contender.run(xs[turn % len(xs)], turn)
 

@@ -95,7 +95,7 @@ def test_a_cell_without_quantkit_is_none() -> None:
 def test_a_graph_passes_over_all_copies_with_inputs_of_their_own() -> None:
     seen: list[tuple[int, str]] = []
     contender = Contender(["a", "b"], lambda x, copy: seen.append((int(x), copy)) or x)
-    kernels._pass_over(contender, [torch.tensor(7), torch.tensor(8), torch.tensor(9)], passes=2)
+    kernels.pass_over(contender, [torch.tensor(7), torch.tensor(8), torch.tensor(9)], passes=2)
     assert seen == [(7, "a"), (8, "b"), (9, "a"), (7, "b")]
 
 
