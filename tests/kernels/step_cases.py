@@ -1,11 +1,10 @@
 """What tokens need beside their linears, against the operators: on a GPU, or in Triton's interpreter.
 
-`test_step.py` runs this file in a process of its own, since Triton reads TRITON_INTERPRET when it is imported.
+`test_step.py` runs this file by `cases.py`.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -19,8 +18,8 @@ from quantkit.models.rope import rotate
 from quantkit.quantize import quantize
 from quantkit.quantize.vectors import dequantize_vectors, head_rotation, quantize_vectors
 from quantkit.schemes import SCHEMES
+from tests.kernels.cases import DEVICE
 
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.bfloat16, torch.float16]
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # relative, to nearest
 POSITIONS = 300

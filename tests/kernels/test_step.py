@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import ast
 import itertools
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.kernels.cases import in_the_interpreter_and_on_a_gpu, run_cases
 from tests.kernels.ptx_machine import assembled
 from tests.kernels.test_triton_compile import SHARED_BYTES, TYPES, Compiled, build
 from tests.paths import ROOT
@@ -23,18 +20,10 @@ CACHES = {"bf16": (16, 0), "int8": (8, 1), "int4": (4, 1), "int8-g64": (8, 2), "
 TESTED = {"norm_kernel", "swiglu_kernel", "heads_kernel", "attention_kernel", "combine_kernel"}
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("device", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
+@in_the_interpreter_and_on_a_gpu
 @pytest.mark.parametrize("file", ["tests/kernels/step_cases.py", "tests/models/cuda_decoder_cases.py"])
 def test_a_token_meets_the_operators(file: str, device: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    if device == "interpreter":
-        environment["TRITON_INTERPRET"] = "1"
-    elif not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU is visible to PyTorch")
-    program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_cases(file, device)
 
 
 @pytest.fixture

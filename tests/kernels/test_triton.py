@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from quantkit.quantize.nf4 import NF4_CODEBOOK
 from quantkit.quantize.packing import unpack_zeros
 from quantkit.schemes import SCHEMES, QuantScheme, int_scheme
 from quantkit.tensor import QuantizedTensor, empty_quantized
+from tests.kernels.cases import in_the_interpreter_and_on_a_gpu, run_cases
 from tests.kernels.ptx_machine import assembled
 from tests.paths import ROOT
 
@@ -34,26 +34,10 @@ def random_matrix(scheme: QuantScheme, shape: tuple[int, int]) -> QuantizedTenso
     return quantize(torch.randn(shape, generator=torch.Generator().manual_seed(0)), scheme, torch.bfloat16)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("device", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
+@in_the_interpreter_and_on_a_gpu
 @pytest.mark.parametrize("file", ["triton_cases.py", "row_cases.py"])
 def test_the_kernels_meet_the_oracle(file: str, device: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    if device == "interpreter":
-        environment["TRITON_INTERPRET"] = "1"
-    elif not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU is visible to PyTorch")
-    program = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"tests/kernels/{file}",
-    ]
-    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_cases(f"tests/kernels/{file}", device)
 
 
 def test_importing_the_package_needs_no_triton() -> None:

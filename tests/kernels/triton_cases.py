@@ -1,12 +1,11 @@
 """The CUDA kernels against the oracle: on a GPU, or on a CPU in Triton's interpreter.
 
-`test_triton.py` runs this file in a process of its own, since Triton reads TRITON_INTERPRET when it is imported.
+`test_triton.py` runs this file by `cases.py`.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import replace
 
 import pytest
@@ -20,8 +19,8 @@ from quantkit.quantize import quantize
 from quantkit.quantize.nf4 import NF4_CODEBOOK
 from quantkit.schemes import SCHEMES, QuantScheme, int_scheme, nf4_scheme
 from quantkit.tensor import QuantizedTensor
+from tests.kernels.cases import DEVICE
 
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 QUANTIZED = [scheme for scheme in SCHEMES.values() if scheme.quantized]
 ODD_GROUPS = [
     int_scheme(4, 0, True),

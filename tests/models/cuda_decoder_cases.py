@@ -1,20 +1,19 @@
 """Whole tokens and prompts by the CUDA kernels against the operators: on a GPU, or in Triton's interpreter.
 
-`tests/kernels/test_step.py` runs this file in a process of its own: Triton reads TRITON_INTERPRET when imported.
+`tests/kernels/test_step.py` runs this file by `tests/kernels/cases.py`.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 
 from quantkit.models.kv_cache import KVCache
+from tests.kernels.cases import DEVICE
 from tests.models.cuda_decoders import decode, distance, make, random_ids
 
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # Attention keeps float32 where the operators round to bfloat16 (2**-8); where they dequantize keys and values of 8
 # and 4 bits to bfloat16 before they multiply, it does not. The residual stream carries that on.
 RELATIVE = {16: 2.0**-6, 8: 2.0**-5, 4: 2.0**-5}
