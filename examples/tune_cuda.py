@@ -5,6 +5,8 @@
 Runs the matrices of one layer of Mistral-7B, for every scheme that has launches in `tuning.py` or the one named, at 64,
 128, 256 and 512 rows or those named. Of every launch it notes the time, whether two runs gave the same bits, and the
 relative error; the fastest of each matrix, all of it right, is printed. `tuning.py` is where such a launch goes.
+
+What OUT.json holds already is not tried again: after a launch that takes the GPU from the process, run it once more.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 
 from quantkit.bench.contenders import Contender, rotating
-from quantkit.bench.cuda.device import Cuda, Device, Run
+from quantkit.bench.cuda.device import Cuda, Device
 from quantkit.bench.cuda.kernels import pass_over, reason
 from quantkit.bench.random_weights import random_quantized
 from quantkit.bench.results import BF16
@@ -35,6 +37,7 @@ from quantkit.kernels.triton.tuning import Batch
 from quantkit.presets import DEFAULT_PRESET, PRESETS
 from quantkit.schemes import get_scheme
 
+Note = dict[str, Any]
 SCHEMES, ROWS = ("int4-g128", "int8", "nf4"), (64, 128, 256, 512)
 TODAY = "today"
 # rows of the matrix, rows of x, warps of a program, stages
@@ -78,43 +81,48 @@ def tried(
     rows: Sequence[int],
     batches: Sequence[Batch],
     away_bytes: int,
-) -> Iterator[dict[str, Any]]:
-    """Yield what came of every launch for one matrix, a dictionary each, at each number of rows of x."""
+    known: Sequence[Note] = (),
+) -> Iterator[Note]:
+    """Yield what came of every launch for one matrix at each number of rows of x, but for what is `known`.
+
+    Raises:
+        RuntimeError: a launch, that of the last note, took the GPU from this process.
+    """
     weight = random_quantized(shape, get_scheme(scheme), device.torch_device)
     exact = reference.dequantize(weight, torch.float32)
     ours = rotating(lambda: ops.prepare(weight, device.backend), away_bytes, ops.linear)
     plain = rotating(exact.bfloat16().clone, away_bytes, torch.nn.functional.linear)
+    contenders: list[tuple[Any, Contender]] = [(BF16, plain), (TODAY, ours)]
+    for batch in batches:
+        contenders.append((asdict(batch), Contender(ours.copies, partial(multiply, batch=batch))))
     for m in rows:
         x = torch.randn(m, shape[1], device=weight.device).bfloat16()
         expected = x.float() @ exact.T
-        contenders: list[tuple[Any, Contender]] = [(BF16, plain), (TODAY, ours)]
-        for batch in batches:
-            contenders.append((asdict(batch), Contender(ours.copies, partial(multiply, batch=batch))))
-        graphs: dict[int, Run] = {}
-        notes: list[dict[str, Any]] = []
-        for at, (launch, contender) in enumerate(contenders):
+        beside = device.graph(partial(pass_over, plain, [x], 1))
+        for launch, contender in contenders:
             note = {"scheme": scheme, "matrix": name, "m": m, "launch": launch}
-            notes.append(note)
+            if any(note.items() <= other.items() for other in known):
+                continue
             try:
                 found = contender.run(x, 0)
                 note["error"] = ((found.float() - expected).norm() / expected.norm()).item()
                 note["same_bits"] = all(torch.equal(contender.run(x, 0), found) for _ in range(3))
-                graphs[at] = device.graph(partial(pass_over, contender, [x], 1))
+                pair = beside, device.graph(partial(pass_over, contender, [x], 1))
+                taken = device.alternate(dict(enumerate(pair)), ROUNDS)
+                note["seconds"] = median(taken[1]) / len(contender.copies)
+                note["times_bf16"] = paired(taken[0], taken[1]) * len(contender.copies) / len(plain.copies)
             except Exception as error:  # too much shared memory, and whatever else a launch runs into
                 note["failed"] = reason(error)
-        times = {
-            at: [whole / len(contenders[at][1].copies) for whole in taken]
-            for at, taken in device.alternate(graphs, ROUNDS).items()
-        }
-        for at, taken in times.items():
-            notes[at] |= {"seconds": median(taken), "times_bf16": paired(times[0], taken)}
-        yield from notes
+            yield note
+            if "failed" in note:
+                device.release()  # which fails where nothing more can run
 
 
-def best(notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the fastest launch of some that were right."""
+def best(notes: Sequence[Note]) -> Note | None:
+    """Return the launch of quantkit's that was right and the fastest beside bfloat16, timed in turns with it."""
     right = (note for note in notes if note.get("same_bits") and note["error"] < RIGHT and "seconds" in note)
-    return min((note for note in right if note["launch"] != BF16), key=lambda note: float(note["seconds"]))
+    ours = (note for note in right if note["launch"] != BF16)
+    return max(ours, key=lambda note: float(note["times_bf16"]), default=None)
 
 
 def main(out: str, scheme: str | None = None, *rows: str) -> None:
@@ -133,21 +141,29 @@ def main(out: str, scheme: str | None = None, *rows: str) -> None:
             for (name, (_, shape)), m, batch in itertools.product(cases, counts, batches)
         ]
     )
-    found: list[dict[str, Any]] = []
-    away_bytes = AWAY * device.describe().l2_bytes
+    path, away_bytes = Path(out), AWAY * device.describe().l2_bytes
+    notes: list[Note] = json.loads(path.read_text()) if path.exists() else []
     for name, (matrix, shape) in cases:
-        notes = list(tried(device, name, matrix, shape, counts, batches, away_bytes))
-        found += notes
-        Path(out).write_text(json.dumps(found, indent=1) + "\n")
+        try:
+            for note in tried(device, name, matrix, shape, counts, batches, away_bytes, notes):
+                notes.append(note)
+                path.write_text(json.dumps(notes, indent=1) + "\n")
+        except RuntimeError as error:
+            raise SystemExit(
+                f"{notes[-1]['launch']} took the GPU: {reason(error)}; run again to go on"
+            ) from None
         for m in counts:
-            some = [note for note in notes if note["m"] == m]
-            today = next(note for note in some if note["launch"] == TODAY)
-            chosen = best(some)
-            print(
-                f"{name:10} {matrix:8} {m:4}  today {today['times_bf16']:.2f} times bf16, "
-                f"best {chosen['times_bf16']:.2f}: {chosen['launch']}",
-                flush=True,
-            )
+            some = [
+                note for note in notes if (note["scheme"], note["matrix"], note["m"]) == (name, matrix, m)
+            ]
+            today, chosen = best([note for note in some if note["launch"] == TODAY]), best(some)
+            said = [
+                f"{what} {note['times_bf16']:.2f} times bf16: {note['launch']}"
+                if note
+                else f"{what} none is right"
+                for what, note in (("today", today), ("best", chosen))
+            ]
+            print(f"{name:10} {matrix:8} {m:4}  {', '.join(said)}", flush=True)
         device.release()
 
 

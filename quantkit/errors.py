@@ -46,3 +46,11 @@ class BackendError(QuantkitError):
 
 class DeviceMemoryError(QuantkitError):
     """A GPU's memory does not hold what was to run on it."""
+
+
+_NO_DEVICE_MEMORY = "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+
+
+def is_device_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory ran out, as torch's allocator, CUDA through torch or Triton, or cuBLAS say it."""
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _NO_DEVICE_MEMORY)

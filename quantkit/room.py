@@ -12,7 +12,7 @@ from calculators.hardware import find_gpu, platform_of
 from calculators.units import format_bytes
 from quantkit.calibration import calibrated
 from quantkit.config import ModelConfig
-from quantkit.errors import DeviceMemoryError
+from quantkit.errors import DeviceMemoryError, is_device_out_of_memory
 from quantkit.estimate import Estimator, Workload
 from quantkit.fit import longest_context
 from quantkit.schemes import QuantScheme, default_schemes, get_scheme
@@ -35,7 +35,9 @@ def in_memory(
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_device_out_of_memory(error):
+            raise
         scheme = next(iter(plan.values()), get_scheme(dtype))
         raise DeviceMemoryError(_line(config, scheme, plan, workload)) from None
 
@@ -43,8 +45,10 @@ def in_memory(
 def _line(
     config: ModelConfig, scheme: QuantScheme, plan: Mapping[str, QuantScheme], workload: Workload
 ) -> str:
-    name = torch.cuda.get_device_name()
-    free, total = torch.cuda.mem_get_info()
+    try:
+        name, (free, total) = torch.cuda.get_device_name(), torch.cuda.mem_get_info()
+    except RuntimeError:  # no memory for a context
+        return f"out of memory before {config.name} was loaded: nvidia-smi shows what else holds the GPU's"
     try:
         platform = calibrated(name, platform_of(find_gpu(name)))
     except ValueError:

@@ -124,8 +124,20 @@ import json, runpy, sys
 from tests.bench.cuda.stand_in import StandIn
 example, device = runpy.run_path("examples/tune_cuda.py"), StandIn()
 device.backend = "triton"
-notes = list(example["tried"](device, sys.argv[1], "o", (64, 128), [3], example["launches"]()[::6], 0))
-print(json.dumps([notes, example["best"](notes)]))
+tried, given = example["tried"], (device, sys.argv[1], "o", (64, 128), [3], example["launches"]()[::6], 0)
+notes = list(tried(*given))
+print(json.dumps([notes, example["best"](notes), list(tried(*given, notes)), len(list(tried(*given, notes[1:3])))]))
+
+def lose():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+example["multiply"].__globals__["launcher"], device.release = lose, lose
+rest = tried(*given, notes[:3])
+print(json.dumps(next(rest)))
+try:
+    next(rest)
+except RuntimeError as error:
+    print(error)
 """
 
 
@@ -135,23 +147,31 @@ def test_launches_are_tried_and_the_fastest_is_found() -> None:
     command = [sys.executable, "-c", TRIED, "int4-g128"]
     environment = _environment() | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    notes, chosen = json.loads(done.stdout)
+    first, failed, lost = done.stdout.splitlines()
+    notes, chosen, again, rest = json.loads(first)
     assert [note["launch"] for note in notes[:2]] == ["torch bf16", "today"]
     assert len({str(note["launch"]) for note in notes}) == len(notes) == 5
     for note in notes:
         assert note["same_bits"]
         assert note["error"] < 5e-3
-    assert chosen["seconds"] == min(note["seconds"] for note in notes[1:])
+    assert chosen["times_bf16"] == max(note["times_bf16"] for note in notes[1:])
+    assert again == []  # what is known is not tried
+    assert rest == 3
+    assert json.loads(failed) == {  # is known, too, when the rest is tried by another process
+        "scheme": "int4-g128", "matrix": "o", "m": 3, "launch": notes[3]["launch"],
+        "failed": f"RuntimeError: {lost}",
+    }  # fmt: skip
 
 
 def test_a_launch_that_is_wrong_or_failed_is_not_the_fastest() -> None:
     best = runpy.run_path(str(ROOT / "examples" / "tune_cuda.py"))["best"]
-    right = {"launch": "today", "same_bits": True, "error": 1e-3, "seconds": 3.0}
+    right = {"launch": "today", "same_bits": True, "error": 1e-3, "seconds": 3.0, "times_bf16": 1.0}
     others = [
-        {"same_bits": False, "seconds": 1.0},
-        {"error": 0.5, "seconds": 1.0},
-        {"launch": "torch bf16", "seconds": 1.0},
-        {"launch": {"warps": 4}, "seconds": 2.0},
+        {"same_bits": False, "times_bf16": 3.0},
+        {"error": 0.5, "times_bf16": 3.0},
+        {"launch": "torch bf16", "times_bf16": 3.0},
+        {"launch": {"warps": 4}, "times_bf16": 2.0},
     ]
     notes = [right, {"launch": {}, "failed": "OutOfResources"}, *({**right, **other} for other in others)]
     assert best(notes) == notes[-1]
+    assert best(notes[1:-1]) is None

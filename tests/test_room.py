@@ -62,9 +62,34 @@ def test_nothing_fits() -> None:
     assert line("bf16", {}, Workload(32768, batch=64)).endswith("no context and no precision")
 
 
-def test_other_errors_pass() -> None:
-    with pytest.raises(ZeroDivisionError), in_memory(MISTRAL, "bf16", {}, Workload(1)):
-        raise ZeroDivisionError
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+    ],
+)
+def test_whoever_says_it(said: str) -> None:
+    with (
+        pytest.raises(DeviceMemoryError, match="on NVIDIA H200"),
+        in_memory(MISTRAL, "bf16", {}, Workload(1)),
+    ):
+        raise RuntimeError(said)
+
+
+def test_no_memory_for_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
+    assert line("bf16", {}, Workload(1)).endswith("nvidia-smi shows what else holds the GPU's")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("can't allocate memory")])
+def test_other_errors_pass(error: Exception) -> None:
+    with pytest.raises(type(error)), in_memory(MISTRAL, "bf16", {}, Workload(1)):
+        raise error
 
 
 @pytest.mark.parametrize("command", [["generate", "Once"], ["eval", "--limit-tokens", "2048"]])

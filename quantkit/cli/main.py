@@ -19,7 +19,7 @@ import click
 
 from quantkit import __version__
 from quantkit.cli.completion import complete_names
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, is_device_out_of_memory
 
 SECTIONS = {
     "Know before you download": {
@@ -125,7 +125,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, in Python or in torch, which raises RuntimeErrors for it."""
     if isinstance(error, MemoryError):
         return True
-    return type(error).__name__ == "OutOfMemoryError" or (
+    return is_device_out_of_memory(error) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 

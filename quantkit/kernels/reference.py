@@ -6,13 +6,12 @@ A matrix is dequantized in pieces, so that beside the result little else is ever
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from calculators.linear import PIECE_ELEMENTS, piece_rows
 from quantkit.quantize.nf4 import NF4_CODEBOOK, dequantize_scales, dynamic_map_on
 from quantkit.quantize.packing import unpack_zeros
+from quantkit.quantize.tables import Table
 from quantkit.tensor import QuantizedTensor
 
 
@@ -83,14 +82,14 @@ def _fill_nf4(flat: torch.Tensor, tensor: QuantizedTensor) -> None:
         del absmax, pairs, values
 
 
-@lru_cache
+@Table
 def _pairs(device: torch.device) -> torch.Tensor:
     """Return the two values of each of the 256 bytes: float32 (256, 2), the high nibble first."""
     codebook = torch.tensor(NF4_CODEBOOK)
     return torch.stack((codebook.repeat_interleave(16), codebook.repeat(16)), dim=1).to(device)
 
 
-def forget_tables() -> None:
-    """Drop the code tables kept on each device, so that the next use makes them again."""
-    _pairs.cache_clear()
-    dynamic_map_on.cache_clear()
+def forget_tables(device: torch.device) -> None:
+    """Drop the code tables kept on a device, so that the next use makes them again: none may be in use."""
+    _pairs.forget(device)
+    dynamic_map_on.forget(device)

@@ -34,7 +34,7 @@ def record_small_runs(config: ModelConfig, schemes: Sequence[str]) -> dict[str, 
     config, runs = replace(config, n_layers=2), []
     for name, kv_bits in product(schemes, (16, 8)):
         workload = Workload(1300, 1, kv_bits, prefill_chunk=512)
-        forget_tables()
+        forget_tables(device.torch_device)
         device.begin()
         start_recording()
         allocated, reserved = _small_run(config, get_scheme(name), workload, device)

@@ -165,7 +165,7 @@ def trace(
     if layers is not None:
         config = replace(config, n_layers=layers)
     plan = plan_weights(config, scheme) if plan is None else plan
-    forget_tables()  # those that an earlier trace made are not this one's
+    forget_tables(torch.device("meta"))  # those that an earlier trace made are not this one's
     with torch.inference_mode(), Tracer(platform) as tracer:
         decoder = build(config, scheme, plan, attention_path(config, scheme, platform.attention), "meta")
         loaded = tracer.allocator.allocated, tracer.allocator.reserved

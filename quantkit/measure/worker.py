@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, is_device_out_of_memory
 from quantkit.estimate import attention_path
 from quantkit.measure.cells import Cell
 from quantkit.measure.device import CudaDevice, Device
@@ -46,7 +46,9 @@ def work(job: Mapping[str, Any], device: Device, emit: Emit) -> None:
     for number, cell in enumerate(cells):
         try:
             measured = _measure(decoder, cell, device)
-        except (torch.OutOfMemoryError, QuantkitError) as error:
+        except (RuntimeError, QuantkitError) as error:
+            if not _is_a_reason(error):
+                raise
             emit({"cell": number, "error": " ".join(str(error).split())})
             continue
         measured |= {"context_bytes": context_bytes, "load_peak_bytes": load_peak}
@@ -100,6 +102,11 @@ def _fill(part: torch.Tensor) -> None:
         part.random_(0, 256)
 
 
+def _is_a_reason(error: Exception) -> bool:
+    """Whether an error says why something cannot be measured; any other is a fault."""
+    return isinstance(error, QuantkitError) or is_device_out_of_memory(error)
+
+
 def _print(result: Mapping[str, Any]) -> None:
     print(json.dumps(result), flush=True)
 
@@ -131,7 +138,9 @@ def main() -> int:
                 signal.pause()
         else:
             work(job, CudaDevice(), _print)
-    except (QuantkitError, torch.OutOfMemoryError) as error:
+    except (RuntimeError, QuantkitError) as error:
+        if not _is_a_reason(error):
+            raise
         _print({"error": " ".join(str(error).split())})
         return 1
     return 0

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from threading import Lock
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from quantkit.config import ModelConfig
+from quantkit.errors import is_device_out_of_memory
 from quantkit.kernels import ops
 from quantkit.kernels.triton import TiledWeight
 from quantkit.models.attention import Attention
@@ -40,6 +42,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 _SMALLEST_GROUP = (
     8  # elements that share a scale of the cache, a power of two, so that no word of codes has two
 )
+_ANGLE_POSITIONS = 4096  # of RoPE, computed at once
 _WARM_UPS = 2  # runs before the capture: they compile, and let libraries allocate what a capture could not
 
 
@@ -117,7 +120,7 @@ class CudaDecoder:
 
         Returns:
             The final, normed states (B, hidden) and the logits (B, vocab), in the compute dtype. The next token of
-            this cache overwrites both.
+            this cache overwrites both. Graphs share cuBLAS' workspace: tokens of different caches run on one stream.
         """
         with torch.cuda.device_of(self._layers.embedding):
             outputs = self._run(cache).token(ids, cache.length)
@@ -140,19 +143,18 @@ class Run:
 
         config, dtype = layers.config, layers.embedding.dtype
         slab, scales = cache.stored
-        device, batch, half = slab.device, slab.shape[2], config.head_dim // 2
+        device, batch = slab.device, slab.shape[2]
         self._layers = layers
         self._by_rows = dtype == torch.bfloat16 and all(
             _takes_row(block, batch, dtype, device) for block in layers.blocks
         )
         self._ids = torch.zeros(batch, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
-        self._stands_at = 0  # what `_position` holds
+        self._stands_at: int | None = 0  # what `_position` holds, None where a token failed
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._tried = not slab.is_cuda  # Triton's interpreter has no graphs
+        self._captures = _captures(device)
         self._outputs: tuple[torch.Tensor, torch.Tensor] | None = None
-        angles = rope_angles(layers.frequencies, 0, cache.max_tokens, dtype)
-        cosines, sines = (each[:, 0, :half].contiguous() for each in angles)
+        cosines, sines = _half_angles(layers.frequencies, cache.max_tokens, dtype)
         self._step = Step(
             batch, config.n_heads, config.n_kv_heads, config.head_dim, cache.slots, cache.bits,
             0 if scales is None else scales.shape[-1], dtype, cosines, sines, self._position,
@@ -184,9 +186,9 @@ class Run:
         """Return states and logits of ids (B, 1) at a position."""
         self._ids.copy_(ids[:, 0])
         self._stand_at(position)
-        if not self._tried:
-            self._capture()
-            self._stand_at(position)
+        self._stands_at = None  # until all of the token is run: it may fail after `_position` advanced
+        if self._graph is None and self._captures is not None and not self._captures.failed:
+            self._capture(self._captures)
         if self._graph is None:
             self._outputs = self._run()
         else:
@@ -200,30 +202,31 @@ class Run:
             self._position.fill_(position)
             self._stands_at = position
 
-    def _capture(self) -> None:
+    def _capture(self, captures: _Captures) -> None:
         """Warm up, which writes only where this token will, and capture."""
-        self._tried = True
-        current, side = torch.cuda.current_stream(), _side(self._position.device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                self._run()
-                self._position.sub_(1)
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=side):
-                self._outputs = self._run()
-            self._graph = graph
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            logging.getLogger("quantkit").warning(
-                "No CUDA graph could be captured, so each kernel is launched by itself: %s", reason
-            )
-        finally:
-            torch.cuda.set_stream(current)  # which a capture that fails leaves changed
+        with captures.alone:
+            current, side = torch.cuda.current_stream(), captures.stream
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UPS):
+                    self._run()
+                    self._position.sub_(1)
+            current.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                    self._outputs = self._run()
+                self._graph = graph
+            except RuntimeError as error:
+                if is_device_out_of_memory(error):
+                    raise
+                captures.failed = True
+                reason = " ".join(str(error).split())
+                logging.getLogger("quantkit").warning(
+                    "No CUDA graph could be captured, so each kernel is launched by itself: %s", reason
+                )
+            finally:
+                torch.cuda.set_stream(current)  # which a capture that fails leaves changed
 
     def _run(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the token in `_ids` at `_position`, and advance that."""
@@ -256,10 +259,37 @@ class Run:
         return self._step.attention(self._step.heads(q, k, v, slab), slab)
 
 
+class _Captures:
+    """Where the graphs of a device are captured.
+
+    Attributes:
+        stream: one for all of them, since cuBLAS keeps a workspace for each that it has seen.
+        alone: held by the one that captures.
+        failed: whether one could not be captured. CUDA may leave much behind then, so no other is tried.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.alone = Lock()
+        self.failed = False
+
+
 @lru_cache
-def _side(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream on which a device's graphs are captured: cuBLAS keeps a workspace for each that it has seen."""
-    return torch.cuda.Stream(device)
+def _captures(device: torch.device) -> _Captures | None:
+    """Return those of a device; Triton's interpreter has no graphs."""
+    return _Captures(device) if device.type == "cuda" else None
+
+
+def _half_angles(
+    frequencies: torch.Tensor, tokens: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and sines (T, head_dim / 2) of RoPE, computed in float32 some positions at a time."""
+    cosines, sines = (frequencies.new_empty(tokens, len(frequencies), dtype=dtype) for _ in range(2))
+    for start in range(0, tokens, _ANGLE_POSITIONS):
+        piece = slice(start, min(start + _ANGLE_POSITIONS, tokens))
+        cos, sin = rope_angles(frequencies, start, piece.stop - start, dtype)
+        cosines[piece], sines[piece] = cos[:, 0, : len(frequencies)], sin[:, 0, : len(frequencies)]
+    return cosines, sines
 
 
 def _wide(

@@ -82,7 +82,7 @@ class _Arriving:
             self._token = torch.empty_like(token, device="cpu", pin_memory=True)
             self._token.copy_(token, non_blocking=True)
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(token.device))
 
     def read(self) -> int:
         if self._copied is not None:

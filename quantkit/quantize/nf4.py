@@ -12,6 +12,7 @@ import torch
 
 from calculators.units import bits_to_bytes, ceil_div
 from quantkit.quantize.packing import pack_high_first
+from quantkit.quantize.tables import Table
 from quantkit.schemes import NESTED_GROUP, QuantScheme
 from quantkit.tensor import QuantizedTensor
 
@@ -134,7 +135,7 @@ def dynamic_map() -> torch.Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
-@lru_cache
+@Table
 def dynamic_map_on(device: torch.device) -> torch.Tensor:
     """Return `dynamic_map` on a device, where it is made once."""
     return dynamic_map().to(device)

@@ -98,13 +98,23 @@ def test_a_launch_goes_where_triton_sends_it() -> None:
             assert values[2:] == expected[2][2:] == (*arguments[2:], constants["SIZE"], constants["SECOND"])
 
 
-def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (triton.runtime.OutOfResources(1 << 20, 1 << 16, "shared memory"), "Required: 1048576"),
+        (RuntimeError("PassManager::run failed"), "PassManager::run failed"),
+    ],
+    ids=["resources", "passes"],
+)
+def test_what_cannot_be_compiled_is_said(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(source: Any, **options: Any) -> None:
-        raise triton.runtime.OutOfResources(1 << 20, 1 << 16, "shared memory")
+        raise error
 
     monkeypatch.setattr(triton.compiler, "compile", refuse)
     with pytest.raises(
-        BackendError, match=r"cannot compile a_kernel .* Required: 1048576.*backend='reference'"
+        BackendError, match=rf"cannot compile a_kernel .*{said}.*backend='reference'"
     ) as caught:
         launch(a_kernel, GRID, (WORDS, None, 5, 0.5), {"SIZE": 99, "SECOND": True, "enable_fp_fusion": True})
     assert "\n" not in str(caught.value)

@@ -110,6 +110,9 @@ def test_what_cannot_be_fused_is_not() -> None:
     assert not kernels.fusable([across, across])
     odd = random_matrix(SCHEMES["int4-g32-asym"], (10, 64))
     assert not kernels.fusable([odd, odd])
+    large = empty_quantized((1 << 15, 1 << 15), SCHEMES["int8"], torch.bfloat16, "meta")
+    assert kernels.fusable([large])
+    assert not kernels.fusable([large, large])  # 2**31 elements
     assert ops.fuse([odd, odd], "triton") is None
 
 

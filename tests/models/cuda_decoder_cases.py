@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from quantkit.models.kv_cache import KVCache
+from quantkit.models.linear import Linear
 from tests.kernels.cases import DEVICE
 from tests.models.cuda_decoders import decode, distance, make, random_ids
 
@@ -86,6 +87,30 @@ def test_prefills_in_between_and_states() -> None:
         assert torch.equal(decoder.forward(ids[:, 6:7], cache), states[0])
         runs.append(torch.stack(logits))
     assert distance(*runs) <= RELATIVE[16]
+
+
+def test_a_token_that_failed_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it stands is not what its first run left."""
+    decoder, ids = make("bf16", torch.bfloat16, DEVICE), random_ids(1, 5, DEVICE)
+    expected = decode(decoder, ids, 2)
+    assert decoder._cuda is not None
+    head, call = decoder._cuda._layers.head, Linear.__call__
+
+    def refuse(linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        if linear is head:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call(linear, x)
+
+    cache = decoder.new_cache(1, 5)
+    decoder.prefill(ids[:, :2], cache)
+    found = []
+    for token in ids[:, 2:].split(1, dim=1):
+        with monkeypatch.context() as patch:
+            patch.setattr(Linear, "__call__", refuse)
+            with pytest.raises(torch.OutOfMemoryError):
+                decoder.prefill(token, cache)
+        found.append(decoder.prefill(token, cache))
+    assert torch.equal(torch.stack(found), expected[1:])
 
 
 def test_what_it_does_not_take_runs_by_operators() -> None:

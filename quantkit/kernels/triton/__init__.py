@@ -75,14 +75,15 @@ def cannot_start() -> str | None:
 
 
 def packs(scheme: QuantScheme, shape: tuple[int, int]) -> bool:
-    """Whether `pack` takes a matrix: a group is whole 16 columns or a whole row, and its elements fit int32."""
+    """Whether `pack` takes a matrix: a group is whole 16 columns or a whole row, and int32 counts its elements."""
     return takes(scheme, shape)
 
 
 def fusable(weights: Sequence[QuantizedTensor]) -> bool:
     """Whether matrices can be packed below each other: one K, one scheme, scales that do not run across rows."""
     first = weights[0]
-    if not all(packs(weight.scheme, weight.shape) for weight in weights):
+    rows = sum(weight.shape[0] for weight in weights)
+    if not packs(first.scheme, (rows, first.shape[1])):
         return False
     return len(weights) == 1 or all(
         weight.scheme == first.scheme

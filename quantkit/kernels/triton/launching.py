@@ -48,9 +48,10 @@ def launch(
     found = _LAUNCHED.get(key)
     if found is None:
         try:
+            compiled = _compile(kernel, grid, arguments, constants)
             if prepare is not None:
-                prepare(kernel.warmup(*arguments, grid=grid, **constants))
-            compiled = kernel[grid](*arguments, **constants)
+                prepare(compiled)
+            kernel[grid](*arguments, **constants)
         except triton.TritonError as error:
             said = " ".join(str(error).split())
             raise BackendError(
@@ -61,6 +62,16 @@ def launch(
         return
     compiled, last = found
     compiled[(*grid, 1, 1)[:3]](*arguments, *last)
+
+
+def _compile(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: Mapping[str, Any]
+) -> Any:
+    """Return the compiled kernel; its passes raise RuntimeErrors where they fail."""
+    try:
+        return kernel.warmup(*arguments, grid=grid, **constants)
+    except RuntimeError as error:
+        raise triton.TritonError(str(error)) from error
 
 
 def _kind(argument: Any) -> Any:
