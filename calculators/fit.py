@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -48,10 +48,24 @@ def verdict(needed: int, memory: int, reserve: int = 0) -> Verdict:
     return Verdict(memory - reserve - needed, band_bytes(needed))
 
 
-def smallest_card(needed: int, reserve: int = 0) -> GPU | None:
-    """Return the card of least memory that holds `needed` bytes beside `reserve`, None where none does."""
-    fitting = [gpu for gpu in GPUS if verdict(needed, gpu.usable_bytes, reserve).fits]
-    return min(fitting, key=lambda gpu: gpu.usable_bytes, default=None)
+def smallest_card(
+    needed: Callable[[GPU], int], reserve: int = 0, cards: Sequence[GPU] = GPUS
+) -> tuple[GPU, Verdict] | None:
+    """Return the card of least memory that holds what is needed on it beside `reserve`, and how it fits.
+
+    Args:
+        needed: bytes on a card; each has its own overhead and attention.
+        reserve: bytes kept free.
+        cards: those to choose from.
+
+    Returns:
+        None where none holds it.
+    """
+    for gpu in sorted(cards, key=lambda gpu: gpu.usable_bytes):
+        found = verdict(needed(gpu), gpu.usable_bytes, reserve)
+        if found.fits:
+            return gpu, found
+    return None
 
 
 def spare_bytes(needed: int, memory: int) -> int:

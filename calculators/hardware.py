@@ -304,9 +304,14 @@ def platform_of(gpu: GPU | None, torch_version: str | None = None) -> Platform:
     """
     if gpu is None:
         return ASSUMED_PLATFORM
-    attention = "flash" if gpu.capability >= (8, 0) else "math"  # FlashAttention-2 needs Ampere
+    attention = "flash" if runs_flash(gpu) else "math"
     workspace = _workspace(gpu.capability, torch_version)
     return Platform(_context(gpu), workspace, attention, sm_count=gpu.sm_count)
+
+
+def runs_flash(gpu: GPU) -> bool:
+    """Whether a GPU runs flash attention: FlashAttention-2 needs Ampere."""
+    return gpu.capability >= (8, 0)
 
 
 def _context(gpu: GPU) -> Overhead:

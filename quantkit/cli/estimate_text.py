@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from calculators.fit import NO, TIGHT, smallest_card
+from calculators.fit import NO, TIGHT, Verdict, smallest_card
+from calculators.hardware import GPU, GPUS, runs_flash
 from calculators.units import format_bytes, format_gib, format_tokens
 from quantkit.cli import bars, page
+from quantkit.estimate import Estimator
 
 if TYPE_CHECKING:
     from quantkit.cli.estimate import Report
@@ -57,11 +60,31 @@ def _headline(report: Report, scheme: str) -> str:
         return f"{needed}; {where.title}: {said[found.word]}."
     if where.reserve:
         needed += f", and {format_bytes(where.reserve)} kept free"
-    card = smallest_card(entry.total_bytes, where.reserve)
-    if card is None:
+    holding = _smallest_card(report, entry)
+    if holding is None:
         return f"{needed}{each}: more than any one card known here holds."
+    card, found = holding
+    it = "it, tightly," if found.word == TIGHT else "it"
     usable = f"{format_gib(card.usable_bytes)} GiB"
-    return f"{needed}{each}: the smallest common card that holds it is the {card.name}, with {usable}."
+    return f"{needed}{each}: the smallest common card that holds {it} is the {card.name}, with {usable}."
+
+
+def _smallest_card(report: Report, entry: MemoryEstimate) -> tuple[GPU, Verdict] | None:
+    """Return the smallest card that holds what an estimate takes there, as --gpu would say it."""
+    row = next(row for row in report.rows if row.scheme.name == entry.scheme)
+    run, where = replace(report.run, context=entry.context), report.where
+
+    def needed(gpu: GPU) -> int:
+        platform = replace(where, gpu=gpu).platform()
+        return (
+            Estimator(row.config, row.scheme, row.plan, row.weights_bytes, platform).estimate(run).total_bytes
+        )
+
+    least = entry.weights_bytes + entry.kv_cache_bytes + where.reserve
+    cards = [
+        gpu for gpu in GPUS if gpu.usable_bytes > least and (where.attention != "flash" or runs_flash(gpu))
+    ]
+    return smallest_card(needed, where.reserve, cards)
 
 
 def _components(report: Report) -> str:

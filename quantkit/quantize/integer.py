@@ -59,13 +59,13 @@ def _quantize_rows(
 def _best_symmetric(
     groups: torch.Tensor, bits: int, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """int8: absmax / 127, codes -127..127. int4: absmax / 7.5 or what loses less, codes -8..7."""
+    """int8: absmax / 127, codes -127..127, or -128 where that scale is stored coarsely. int4: absmax / 7.5 or what loses less, codes -8..7."""
     centre = 2 ** (bits - 1)
     zeros = torch.full(groups.shape[:2], centre, dtype=torch.uint8)
     absmax = groups.abs().amax(dim=-1, keepdim=True)
     if bits == 8:
         scale = _storable(absmax / 127, scale_dtype)
-        codes = (groups / scale).round_().clamp_(-127, 127).add_(centre).to(torch.uint8)
+        codes = (groups / scale).round_().clamp_(-128, 127).add_(centre).to(torch.uint8)
         return codes, scale.squeeze(-1).to(scale_dtype), zeros
     return *_search(groups, absmax / (centre - 0.5), zeros, bits, scale_dtype), zeros
 
@@ -104,6 +104,15 @@ def _search(
 
 
 def _storable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Round float32 scales to what `dtype` stores, at least its smallest normal number."""
+    """Round float32 scales to what `dtype` stores."""
+    return scale.clamp(smallest_scale(dtype), torch.finfo(dtype).max).to(dtype).float()
+
+
+def smallest_scale(dtype: torch.dtype) -> float:
+    """Return the smallest scale that is stored in a dtype: its smallest number that is normal in float32.
+
+    Those of float16 go down to its subnormals: quiet weights keep their resolution, and so do quiet vectors of a
+    cache, as attention sinks have.
+    """
     limits = torch.finfo(dtype)
-    return scale.clamp(limits.smallest_normal, limits.max).to(dtype).float()
+    return max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)

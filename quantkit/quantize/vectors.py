@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from calculators.caching import KV_SCALES_TRIED, piece_tokens
+from quantkit.quantize.integer import smallest_scale
 
 # The furthest element is KV_SCALES_TRIED different numbers of steps from zero. With int8 each brings the others
 # elsewhere between two codes, which pays most for short vectors; the few largest would cut off more than
@@ -62,12 +63,9 @@ def _best_scales(groups: torch.Tensor, bits: int, scale_dtype: torch.dtype) -> t
     low, high = torch.aminmax(groups, dim=-1, keepdim=True)
     away = (low + high).neg_()  # signed against the furthest element
     peak = torch.maximum(high, low.neg_())
-    limits = torch.finfo(scale_dtype)
-    # Down to float16's subnormals: a quiet vector, as attention sinks have, keeps its resolution.
-    least = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
     numbers = torch.arange(KV_SCALES_TRIED, dtype=torch.float32, device=groups.device)
     steps = numbers.mul_(-STEPS_APART[bits]).add_(MOST_STEPS[bits])
-    scales = (peak / steps.view(-1, *(1,) * groups.ndim)).clamp_(least, limits.max)
+    scales = (peak / steps.view(-1, *(1,) * groups.ndim)).clamp_(smallest_scale(scale_dtype), torch.finfo(scale_dtype).max)
     scales = scales.to(scale_dtype).float().copysign_(away)  # (KV_SCALES_TRIED, ..., T, G, 1)
     best = _errors(groups, scales, bits).argmin(dim=0, keepdim=True)
     return scales.gather(0, best)[0].add_(peak.mul_(0))  # adds 0, or NaN where the group is not finite

@@ -92,12 +92,21 @@ def test_spare_is_what_the_verdict_says() -> None:
 
 def test_the_smallest_card_counts_a_tight_fit() -> None:
     least = min(GPUS, key=lambda gpu: gpu.usable_bytes)
-    found = smallest_card(least.usable_bytes)
+    found = smallest_card(lambda gpu: least.usable_bytes)
     assert found is not None
-    assert found.usable_bytes == least.usable_bytes
-    beyond = smallest_card(least.usable_bytes + 1)
+    assert found[0].usable_bytes == least.usable_bytes
+    assert found[1].word == "tight"
+    beyond = smallest_card(lambda gpu: least.usable_bytes + 1)
     assert beyond is not None
-    assert beyond.usable_bytes > least.usable_bytes
+    assert beyond[0].usable_bytes > least.usable_bytes
+
+
+def test_each_card_has_a_need_of_its_own() -> None:
+    least, *others = sorted(GPUS, key=lambda gpu: gpu.usable_bytes)
+    found = smallest_card(lambda gpu: least.usable_bytes + (1 if gpu == least else 0))
+    assert found is not None
+    assert found[0] == others[0]
+    assert smallest_card(lambda gpu: 1, cards=others[3:]) == (others[3], verdict(1, others[3].usable_bytes))
 
 
 def test_the_ceiling_is_bandwidth_by_bytes() -> None:

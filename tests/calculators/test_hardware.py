@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from calculators.fit import smallest_card, verdict
-from calculators.hardware import ASSUMED_PLATFORM, GPUS, find_gpu, platform_of
+from calculators.hardware import ASSUMED_PLATFORM, GPU, GPUS, find_gpu, platform_of
 from calculators.units import GIB, MIB
 from tests.paths import ROOT
 
@@ -204,12 +204,17 @@ def test_flash_attention_needs_ampere() -> None:
 
 def test_the_smallest_card_holds_the_need_and_none_smaller_does() -> None:
     for gpu in GPUS:
-        found = smallest_card(gpu.usable_bytes)
+        found = card_for(gpu.usable_bytes)
         assert found is not None
         assert found.usable_bytes == gpu.usable_bytes
-        beyond = smallest_card(gpu.usable_bytes + 1)
+        beyond = card_for(gpu.usable_bytes + 1)
         assert beyond is None or beyond.usable_bytes > gpu.usable_bytes
-    assert smallest_card(max(gpu.usable_bytes for gpu in GPUS) + 1) is None
+    assert card_for(max(gpu.usable_bytes for gpu in GPUS) + 1) is None
+
+
+def card_for(needed: int, reserve: int = 0) -> GPU | None:
+    found = smallest_card(lambda gpu: needed, reserve)
+    return found and found[0]
 
 
 def test_a_reserve_is_kept_free() -> None:
@@ -218,5 +223,5 @@ def test_a_reserve_is_kept_free() -> None:
     assert verdict(10 * GIB, 12 * GIB, reserve=2 * GIB).margin_bytes == 0
     assert not verdict(10 * GIB, 12 * GIB, reserve=2 * GIB + 1).fits
     need = find_gpu("RTX 4060").usable_bytes
-    assert smallest_card(need) == find_gpu("RTX 4060")
-    assert smallest_card(need, reserve=GIB) == find_gpu("RTX 3080")
+    assert card_for(need) == find_gpu("RTX 4060")
+    assert card_for(need, reserve=GIB) == find_gpu("RTX 3080")

@@ -6,6 +6,7 @@ import csv
 import errno
 import io
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from calculators.hardware import Overhead, Platform, find_gpu, platform_of
+from calculators.hardware import GPUS, Overhead, Platform, find_gpu, platform_of
 from quantkit.cli.main import cli, explain
 from quantkit.errors import CheckpointError, ConfigError, QuantkitError, SchemeError
 from quantkit.presets import PRESETS
@@ -97,6 +98,19 @@ def test_four_bits_open_with_one_sentence() -> None:
     names = [row.split()[0] for row in rows[: rows.index("")]]
     assert set(names) == {name for name, scheme in SCHEMES.items() if scheme.bits == 4}
     assert len({len(row) for row in [header, *rows[: len(names)]]}) == 1
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "int8", "int4-g128"])
+@pytest.mark.parametrize("more", [(), ("--attention", "math"), ("--kv-bits", "8", "--reserve", "1GiB")])
+def test_the_card_that_is_named_is_the_smallest_that_holds_it(scheme: str, more: tuple[str, ...]) -> None:
+    """As --gpu says of each."""
+    asked = ("--scheme", scheme, "--context", "12k", *more)
+    card = re.search(r"holds (it|it, tightly,) is the (.*), with", run(*asked).stdout.splitlines()[0])
+    assert card is not None
+    verdicts = {gpu: body(*asked, "--gpu", gpu.name)["estimates"][0] for gpu in GPUS}
+    assert verdicts[find_gpu(card[2])]["verdict"] == ("fits" if card[1] == "it" else "tight")
+    smaller = [gpu for gpu in GPUS if gpu.usable_bytes < find_gpu(card[2]).usable_bytes]
+    assert not any(verdicts[gpu]["fits"] for gpu in smaller)
 
 
 def test_no_card_holds_everything() -> None:

@@ -30,16 +30,21 @@ inline void widen(const void* values, Type type, int64_t first, int64_t count, f
     for (int64_t at = count; at % LANES != 0; ++at) out[at] = 0;
 }
 
-// Scales as they are stored: at least the type's smallest normal number.
+constexpr float SMALLEST_F16 = 0x1p-24f, NORMAL_F16 = 0x1p-14f;
+
+// Scales as they are stored: at least the type's smallest number that is normal in float32.
 inline vf storable(vf scale, Type type) {
-    const float smallest = type == Type::f16 ? 0x1p-14f : 0x1p-126f;
+    const float smallest = type == Type::f16 ? SMALLEST_F16 : 0x1p-126f;
     const float largest = type == Type::f16 ? 65504.0f : type == Type::bf16 ? 0x1.fep127f : 0x1.fffffep127f;
     scale = least(most(scale, splat(smallest)), splat(largest));
     if (type == Type::f32) return scale;
     const int dropped = type == Type::bf16 ? 16 : 13;  // bits of the fraction
     const uint32_t rest = (1u << dropped) - 1;
     const vu bits = reinterpret_cast<vu>(scale);
-    return reinterpret_cast<vf>((bits + (rest >> 1) + (bits >> dropped & 1)) & ~rest);
+    const vf rounded = reinterpret_cast<vf>((bits + (rest >> 1) + (bits >> dropped & 1)) & ~rest);
+    if (type == Type::bf16) return rounded;
+    const vf subnormal = (scale + 0.5f) - 0.5f;  // to a multiple of SMALLEST_F16, the unit of float32 from 0.5 to 1
+    return scale < NORMAL_F16 ? subnormal : rounded;
 }
 
 inline float storable(float scale, Type type) { return storable(splat(scale), type)[0]; }
@@ -48,8 +53,9 @@ inline float storable(float scale, Type type) { return storable(splat(scale), ty
 inline void store_scale(float scale, Type type, void* scales, int64_t at) {
     if (type == Type::f32) static_cast<float*>(scales)[at] = scale;
     else if (type == Type::bf16) static_cast<uint16_t*>(scales)[at] = to_bf16(scale);
-    else static_cast<uint16_t*>(scales)[at] =
-        static_cast<uint16_t>((__builtin_bit_cast(uint32_t, scale) - 0x38000000u) >> 13);
+    else static_cast<uint16_t*>(scales)[at] = static_cast<uint16_t>(
+        scale < NORMAL_F16 ? static_cast<uint32_t>(scale / SMALLEST_F16)
+                           : (__builtin_bit_cast(uint32_t, scale) - 0x38000000u) >> 13);
 }
 
 inline float load_scale(Type type, const void* scales, int64_t at) {
@@ -154,7 +160,7 @@ inline void quantize_group(const Quantization& q, const float* values, int64_t c
     if (q.kind == Kind::int8) {
         const float scale = storable(absmax(values, count) / 127, q.scale_type);
         store_scale(scale, q.scale_type, q.scales, group);
-        return encode(values, count, scale, -127, 127, 128, out);
+        return encode(values, count, scale, -128, 127, 128, out);
     }
     float base, zero = 8;
     if (q.zeros == nullptr) {

@@ -220,7 +220,7 @@ class Page {
         facts.push(["decoding", `at most ${calculator.ceiling(choice.gpu).toFixed(1)} tokens/s: its memory's bandwidth, a ceiling and no prediction`]);
       }
     } else {
-      const least = data.gpus.findIndex((_, i) => calculator.verdict(cell.total, i).margin >= 0);
+      const least = data.gpus.findIndex((_, i) => calculator.verdict(calculator.cell({ gpu: i }).total, i).margin >= 0);
       const name = least < 0 ? "more than any known GPU has" :
         `the ${data.gpus[least].name} is the smallest known GPU that holds it`;
       $("verdict").replaceChildren(name);
