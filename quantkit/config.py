@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 from quantkit.errors import ConfigError
@@ -26,6 +28,10 @@ ARCHITECTURES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
 }
+
+# What transformers takes where the key is absent, not null (configuration_mistral.py, configuration_qwen2.py)
+_DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32}
+_DEFAULT_WINDOW = 4096
 
 MOST_LAYERS = 10_000  # so that a broken file is refused before its tensors are listed
 ROLES = ("embedding", "attention", "ffn", "norm", "head")
@@ -112,6 +118,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"{self.name}: head_dim is {self.head_dim}; RoPE needs an even one")
+        if not 0 < self.rope_theta < math.inf:
+            raise ConfigError(f"{self.name}: rope_theta is {self.rope_theta}; it must be above 0 and finite")
+        if not 0 <= self.norm_eps < math.inf:
+            raise ConfigError(f"{self.name}: norm_eps is {self.norm_eps}; it must be 0 or above, and finite")
         if self.sliding_window is not None and self.sliding_window <= 0:
             raise ConfigError(
                 f"{self.name}: sliding_window is {self.sliding_window}; it must be above 0 or null"
@@ -174,10 +184,12 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, unreadable, or no JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path} cannot be read as JSON: it is nested too deeply") from None
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a {type(value).__name__}, not a JSON object")
@@ -192,7 +204,7 @@ def json_object(raw: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     """
     value = raw.get(key)
     if value is not None and not isinstance(value, dict):
-        raise ConfigError(f"{where}: {key!r} is {value!r}, not an object")
+        raise ConfigError(f"{where}: {key!r} is {shown(value)}, not an object")
     return value or {}
 
 
@@ -218,17 +230,21 @@ def config_from_dict(raw: Mapping[str, Any], name: str, where: str) -> ModelConf
     heads = need.integer("num_attention_heads")
     hidden = need.integer("hidden_size")
     theta, scaling = _rope(raw, where)
-    head_dim = raw.get("head_dim")
-    if head_dim is None:
-        if hidden % heads:
-            raise ConfigError(
-                f"{where}: hidden_size {hidden} is no multiple of {heads} heads and head_dim is absent"
-            )
+    if raw.get("head_dim") is not None:
+        head_dim = need.integer("head_dim")
+    elif hidden % heads:
+        raise ConfigError(
+            f"{where}: hidden_size {hidden} is no multiple of {heads} heads and head_dim is absent"
+        )
+    else:
         head_dim = hidden // heads
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise ConfigError(f"{where}: hidden_act {activation!r} is not supported; the decoder computes silu")
-    attention_bias = bool(raw.get("attention_bias", False))
+        raise ConfigError(
+            f"{where}: hidden_act {shown(activation)} is not supported; the decoder computes silu"
+        )
+    biased = architecture == "llama"  # transformers heeds these two keys in no other
+    attention_bias = biased and _flag(raw, "attention_bias", where)
     return ModelConfig(
         name=name,
         architecture=architecture,
@@ -237,9 +253,7 @@ def config_from_dict(raw: Mapping[str, Any], name: str, where: str) -> ModelConf
         intermediate_size=need.integer("intermediate_size"),
         n_layers=need.integer("num_hidden_layers"),
         n_heads=heads,
-        n_kv_heads=need.integer("num_key_value_heads")
-        if raw.get("num_key_value_heads") is not None
-        else heads,
+        n_kv_heads=_kv_heads(need, architecture, heads),
         head_dim=head_dim,
         max_context=need.integer("max_position_embeddings"),
         rope_theta=theta,
@@ -247,10 +261,10 @@ def config_from_dict(raw: Mapping[str, Any], name: str, where: str) -> ModelConf
         dtype=_dtype(raw, where),
         rope_scaling=scaling,
         sliding_window=_sliding_window(raw, architecture, where),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_embeddings=_flag(raw, "tie_word_embeddings", where),
         qkv_bias=architecture == "qwen2" or attention_bias,
-        o_bias=architecture != "qwen2" and attention_bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)),
+        o_bias=attention_bias,
+        mlp_bias=biased and _flag(raw, "mlp_bias", where),
         bos_token_id=next(iter(_token_ids(raw, "bos_token_id", where)), None),
         eos_token_ids=_token_ids(raw, "eos_token_id", where),
     )
@@ -268,47 +282,73 @@ class _Needed:
             raise ConfigError(
                 f"{self.where}: the key {key!r} is missing; the model cannot be built without it"
             )
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ConfigError(f"{self.where}: {key!r} is {value!r}, not a number")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not abs(value) <= sys.float_info.max:
+            raise ConfigError(f"{self.where}: {key!r} is {shown(value)}, not a number")
         return float(value)
 
     def integer(self, key: str) -> int:
         value = self.number(key)
-        if value != int(value):
-            raise ConfigError(f"{self.where}: {key!r} is {value!r}, not a whole number")
-        return int(value)
+        if not value.is_integer() or not 0 < value < 2**63:
+            found = shown(self.raw[key])
+            raise ConfigError(f"{self.where}: {key!r} is {found}; it must be a whole number above 0")
+        return int(self.raw[key])
+
+
+def _flag(raw: Mapping[str, Any], key: str, where: str) -> bool:
+    """Return the truth value under `key`, false where it is absent or null."""
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{where}: {key!r} is {shown(value)}; it must be true or false")
+    return bool(value)
+
+
+def _kv_heads(need: _Needed, architecture: str, heads: int) -> int:
+    key = "num_key_value_heads"
+    if need.raw.get(key) is not None:
+        return need.integer(key)
+    if key in need.raw:
+        return heads
+    count = _DEFAULT_KV_HEADS.get(architecture, heads)
+    if heads % count:
+        raise ConfigError(
+            f"{need.where}: the key {key!r} is missing, and {heads} attention heads cannot share {architecture}'s "
+            f"default of {count} evenly"
+        )
+    return count
 
 
 def _token_ids(raw: Mapping[str, Any], key: str, where: str) -> tuple[int, ...]:
     """Return the ids under `key`: one, a list of them, or none."""
     value = raw.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token, int) for token in ids):
-        raise ConfigError(f"{where}: {key!r} is {value!r}, not a token id or a list of them")
+    if not all(type(token) is int and 0 <= token < 2**63 for token in ids):
+        raise ConfigError(f"{where}: {key!r} is {shown(value)}, not a token id or a list of them")
     return tuple(ids)
 
 
 def _architecture(raw: Mapping[str, Any], where: str) -> str:
     known = ", ".join(ARCHITECTURES)
     names = raw.get("architectures") or []
-    if not isinstance(names, list):
-        raise ConfigError(f"{where}: 'architectures' is {names!r}, not a list of names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{where}: 'architectures' is {shown(names)}, not a list of names")
     for name in names:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
     if not names and raw.get("model_type") in ARCHITECTURES.values():
         return str(raw["model_type"])
-    found = ", ".join(map(str, names)) or raw.get("model_type")
+    found = ", ".join(names) or raw.get("model_type")
     if not found:
         raise ConfigError(f"{where}: the key 'architectures' is missing; known are {known}")
     raise ConfigError(f"{where}: unknown architecture {found}; known are {known}")
 
 
 def _dtype(raw: Mapping[str, Any], where: str) -> str:
-    value = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    name = DTYPE_NAMES.get(str(value).removeprefix("torch."))
+    given = (raw.get(key) for key in ("dtype", "torch_dtype"))
+    value = next((dtype for dtype in given if dtype is not None), "float32")
+    name = DTYPE_NAMES.get(value.removeprefix("torch.")) if isinstance(value, str) else None
     if name is None:
-        raise ConfigError(f"{where}: dtype {value!r} is not one of {', '.join(DTYPE_NAMES)}")
+        raise ConfigError(f"{where}: dtype {shown(value)} is not one of {', '.join(DTYPE_NAMES)}")
     return name
 
 
@@ -320,7 +360,9 @@ def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise ConfigError(f"{where}: RoPE scaling {kind!r} is not supported; known are default and llama3")
+        raise ConfigError(
+            f"{where}: RoPE scaling {shown(kind)} is not supported; known are default and llama3"
+        )
     need = _Needed(scaling, f"{where} (rope scaling)")
     return theta, RopeScaling(
         factor=need.number("factor"),
@@ -332,15 +374,17 @@ def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None
 
 def _sliding_window(raw: Mapping[str, Any], architecture: str, where: str) -> int | None:
     """Return the window every layer uses, or None; layers that differ are refused."""
-    window = raw.get("sliding_window")
-    if architecture == "llama" or window is None:
+    raw = {"sliding_window": _DEFAULT_WINDOW, **raw}
+    if architecture == "llama" or raw["sliding_window"] is None:
         return None
     if architecture == "qwen2":
-        if not raw.get("use_sliding_window", False):
+        if not _flag(raw, "use_sliding_window", where):
             return None
-        kinds = set(raw.get("layer_types") or ["mixed"])
-        if kinds != {"sliding_attention"}:
+        kinds = raw.get("layer_types") or ["mixed"]
+        if not isinstance(kinds, list):
+            raise ConfigError(f"{where}: 'layer_types' is {shown(kinds)}, not a list of names")
+        if any(kind != "sliding_attention" for kind in kinds):
             raise ConfigError(
                 f"{where}: layers with and without a sliding window are not supported in one model"
             )
-    return int(window)
+    return _Needed(raw, where).integer("sliding_window")

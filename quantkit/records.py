@@ -7,6 +7,7 @@ command of that kind prints with `--json`. Reports read records and nothing else
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -47,10 +48,37 @@ def write_record(path: Path, record: Record) -> None:
     """Write a record whole or not at all.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or a number of the record is not finite.
     """
     value = {"format": FORMAT, "version": VERSION, **record.__dict__}
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    except ValueError:
+        raise OutputError(f"{path} is not written: a number in it is not finite, and JSON has none") from None
+    write_text(path, text + "\n")
+
+
+def check_output(path: Path) -> None:
+    """Refuse, before long work, a file that `write_bytes` could not write; nothing is left behind.
+
+    Raises:
+        OutputError: it is a directory, or no file can be made there.
+    """
+    try:
+        if path.is_dir():
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():
+            if not os.access(path, os.W_OK):
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        folder = next(parent for parent in path.parents if parent.exists())
+        beside = folder / _beside(path).name
+        try:
+            beside.touch()
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -73,7 +101,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         if path.exists() and not path.is_file():
             path.write_bytes(content)
             return
-        beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        beside = _beside(path)
         try:
             beside.write_bytes(content)
             beside.replace(path)
@@ -81,6 +109,10 @@ def write_bytes(path: Path, content: bytes) -> None:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def read_record(path: Path) -> Record:

@@ -131,7 +131,7 @@ def test_llama3_scaling_is_read() -> None:
     [
         ({"hidden_size": ...}, "'hidden_size' is missing"),
         ({"num_hidden_layers": "two"}, "'num_hidden_layers' is 'two', not a number"),
-        ({"vocab_size": 96.5}, "not a whole number"),
+        ({"vocab_size": 96.5}, "'vocab_size' is 96.5; it must be a whole number above 0"),
         ({"architectures": ["GPT2LMHeadModel"]}, "unknown architecture GPT2LMHeadModel"),
         ({"architectures": ..., "model_type": ...}, "'architectures' is missing"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
@@ -139,8 +139,12 @@ def test_llama3_scaling_is_read() -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn'"),
         ({"num_key_value_heads": 3}, "cannot share 3 key/value heads"),
         ({"head_dim": 31}, "RoPE needs an even one"),
-        ({"num_hidden_layers": 0}, "n_layers is 0"),
-        ({"sliding_window": -1}, "sliding_window is -1"),
+        ({"num_hidden_layers": 0}, "'num_hidden_layers' is 0"),
+        ({"num_attention_heads": 0, "head_dim": ...}, "'num_attention_heads' is 0"),
+        ({"num_key_value_heads": ...}, "4 attention heads cannot share mistral's default of 8"),
+        ({"sliding_window": -1}, "'sliding_window' is -1"),
+        ({"rms_norm_eps": -1e-5}, "norm_eps is -1e-05"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
     ],
 )
 def test_what_is_wrong_with_a_config_is_named(changes: dict[str, Any], said: str) -> None:
@@ -149,7 +153,37 @@ def test_what_is_wrong_with_a_config_is_named(changes: dict[str, Any], said: str
     assert said in str(refusal.value)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
+@pytest.mark.parametrize(
+    ("architecture", "absent", "null"),
+    [
+        ("llama", (64, None), (64, None)),
+        ("mistral", (8, 4096), (64, None)),
+        ("qwen2", (32, 4096), (64, None)),
+    ],
+)
+def test_defaults_are_those_of_transformers(
+    architecture: str, absent: tuple[int, int | None], null: tuple[int, None]
+) -> None:
+    config = tiny_config(architecture=architecture, qkv_bias=architecture == "qwen2", n_heads=64)
+    keys = ("num_key_value_heads", "sliding_window")
+    windows = {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}
+    for value, expected in ((..., absent), (None, null)):
+        found = described(config, **windows, **dict.fromkeys(keys, value))
+        assert (found.n_kv_heads, found.sliding_window) == expected
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "qwen2"])
+def test_biases_that_transformers_does_not_know_are_ignored(architecture: str) -> None:
+    config = tiny_config(architecture=architecture, qkv_bias=architecture == "qwen2")
+    assert described(config, attention_bias=True, mlp_bias=True) == config
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(tiny_config(), "bf16")), encoding="utf-8-sig")
+    assert config_from_json(tmp_path / "config.json").hidden_size == 128
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00", "[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
 def test_a_file_that_is_no_json_object_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"config\.json"):
@@ -164,8 +198,19 @@ def test_a_file_that_is_no_json_object_is_named(content: str, tmp_path: Path) ->
         ("vocab_size", float("inf")),
         ("architectures", "LlamaForCausalLM"),
         ("eos_token_id", "</s>"),
+        ("eos_token_id", -1),
+        ("bos_token_id", True),
         ("num_hidden_layers", 10**9),
+        ("vocab_size", 10**400),
+        ("hidden_size", 10**300),
+        ("head_dim", 10**400),
+        ("architectures", [["LlamaForCausalLM"]]),
+        *(("tie_word_embeddings", value) for value in ("false", [], 0)),
+        ("attention_bias", "no"),
+        ("mlp_bias", 1),
+        *(("torch_dtype", value) for value in ("", 0, [])),
     ],
+    ids=lambda value: str(value)[:20],
 )
 def test_a_value_of_the_wrong_kind_is_refused_in_one_line(key: str, value: object) -> None:
     raw = {
@@ -175,3 +220,20 @@ def test_a_value_of_the_wrong_kind_is_refused_in_one_line(key: str, value: objec
     with pytest.raises(ConfigError) as error:
         config_from_dict({**raw, key: value}, "model", "config.json")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(
+            {"sliding_window": value}
+            for value in ("abc", "4", [1], {}, True, 1.5, float("inf"), float("nan"))
+        ),
+        {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "layer_types": 5},
+        {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": "yes"},
+    ],
+    ids=lambda changes: str(changes)[:60],
+)
+def test_a_window_of_the_wrong_kind_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=list(changes)[-1]):
+        described(tiny_config(sliding_window=7), **changes)

@@ -33,7 +33,7 @@ class Screen(NamedTuple):
 
 def screen() -> Screen:
     """Return what stdout shows now."""
-    terminal = sys.stdout.isatty()
+    terminal = bool(sys.stdout and sys.stdout.isatty())  # None where it is closed
     if not terminal:
         return Screen(colour=_colour(terminal))
     import shutil  # late: a pipe does without

@@ -82,6 +82,7 @@ def cpu(
     machine changes both sides; still, nothing else should run. torch's threads are used: OMP_NUM_THREADS.
     """
     wanted = _parts(sections, models)
+    _check(output)
     if llama and "models" not in wanted:
         raise click.UsageError("--llama belongs to the models: add --only models")
     if folder and not llama:
@@ -126,6 +127,7 @@ def cuda(
     with each new figure, so that a run that is cut short keeps what it measured.
     """
     wanted = _parts(sections, models)
+    _check(output)
     from quantkit.bench.cuda.device import Cuda
     from quantkit.bench.cuda.run import Plan, run
     from quantkit.bench.shapes import schemes_named, shapes
@@ -159,12 +161,23 @@ def _configs(models: Sequence[str]) -> tuple[ModelConfig, ...]:
     return tuple(options.find_model(name).config for name in models)
 
 
-def _finish(found: AnyBench, output: Path | None, as_json: bool) -> None:
-    """Write the record if one is wanted, and print what was found."""
+def _check(output: Path | None) -> None:
+    """Refuse a record that could not be written, before anything is measured."""
     if output:
-        _write(output, found)
+        from quantkit.records import check_output
+
+        check_output(output)
+
+
+def _finish(found: AnyBench, output: Path | None, as_json: bool) -> None:
+    """Write the record if one is wanted, and print what was found, even where it cannot be written."""
+    try:
+        if output:
+            _write(output, found)
+    finally:
+        click.echo(json.dumps(asdict(found), indent=1)) if as_json else page.show(_text(found))
+    if output:
         remarks.remark(f"record: {output}")
-    click.echo(json.dumps(asdict(found), indent=1)) if as_json else page.show(_text(found))
 
 
 def _write(output: Path, found: AnyBench) -> None:

@@ -75,6 +75,10 @@ def command(model: str, out: Path, limit_tokens: int | None) -> None:
     Each step is shown as the command it is.
     """
     part = _PARTS[model]
+    if limit_tokens is not None and limit_tokens < part.window:
+        raise click.BadParameter(
+            f"{limit_tokens} is less than a window, {part.window:,} tokens.", param_hint="--limit-tokens"
+        )
     source = model if model == EMBEDDED_MODEL else str(_smollm2())
     estimate, perplexity = out / "estimate.json", out / "perplexity.json"
     quantized = out / f"{model}-{part.written}"
@@ -94,7 +98,8 @@ def _run(name: str, *arguments: object) -> None:
     """Run one command, shown as it could be typed; end with its code where it fails."""
     words: Sequence[str] = [name, *map(str, arguments)]
     click.echo(f"\n$ quantkit {shlex.join(words)}")
-    sys.stdout.flush()
+    if sys.stdout:  # None where it is closed
+        sys.stdout.flush()
     quiet = ["--quiet"] if remarks.is_quiet() else []
     code = subprocess.run([sys.executable, "-m", "quantkit", *words, *quiet], check=False).returncode
     if code:

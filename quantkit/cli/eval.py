@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 @options.device
 @options.policy
 @click.option(
-    "--output", "-o", type=click.Path(path_type=Path), help="Record [default: perplexity-MODEL.json]."
+    "--output",
+    "-o",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Record [default: perplexity-MODEL.json].",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the record's body as JSON.")
 @remarks.quiet
@@ -76,17 +79,24 @@ def command(
     """
     if text and dataset:
         raise click.UsageError("--text and --dataset exclude each other: name one text")
+    caches = [int(bits) for bits in kv_bits]
+    if kv_group and not {8, 4} & {*caches}:
+        raise click.UsageError("--kv-group needs --kv-bits 8 or 4: other caches have no scales")
+    from quantkit.errors import OutputError, QuantkitError
     from quantkit.evaluate import run, texts
     from quantkit.kernels.ops import choose_device
-    from quantkit.records import new_record, write_record
+    from quantkit.records import check_output, new_record, write_record
     from quantkit.schemes import get_scheme
 
-    wanted = [get_scheme(name) for name in schemes]
+    wanted = list(dict.fromkeys(get_scheme(name) for name in schemes))
     checkpoint = options.open_weights(model)
+    path = output or Path(f"perplexity-{checkpoint.config.name}.json")
+    if path.resolve() in {read.resolve() for read in (checkpoint.path, text) if read}:
+        raise OutputError(f"{path} is what is evaluated; choose another file for the record")
+    check_output(path)
     source = (
         texts.text_file(text) if text else texts.hub_dataset(dataset) if dataset else texts.python_reference()
     )
-    caches = [int(bits) for bits in dict.fromkeys(kv_bits)]
     evaluation = run.Evaluation(
         checkpoint,
         source,
@@ -98,30 +108,35 @@ def command(
         dtype,
         choose_device(device),
     )
+    for scheme in [one for one in wanted if one.dtype == evaluation.dtype]:
+        remarks.remark(f"{scheme.name}: what the original is computed in, so it is not evaluated twice")
+        wanted.remove(scheme)
     if evaluation.windows.window > checkpoint.config.max_context:
         remarks.warn(
             f"windows of {evaluation.windows.window:,} tokens exceed the {checkpoint.config.max_context:,} of "
             f"{checkpoint.config.name}"
         )
+    failures: list[str] = []
     with remarks.progress(
         "evaluating", evaluation.n_windows * (1 + len(wanted)) * len(evaluation.kv_bits)
     ) as bar:
-        results = evaluation.run(wanted, include, exclude, options.as_indivisible(indivisible), bar.update)
+        policy = options.as_indivisible(indivisible)
+        results = evaluation.run(wanted, include, exclude, policy, bar.update, failures.append)
     body = evaluation.body(results)
-    path = output or Path(f"perplexity-{checkpoint.config.name}.json")
-    write_record(path, new_record("perplexity", body))
-    if as_json:
-        click.echo(json.dumps(body, indent=1))
-    else:
-        page.show(_text(evaluation, body))
+    try:
+        write_record(path, new_record("perplexity", body))
+    finally:  # what took long is shown, too, where the record cannot be written
+        click.echo(json.dumps(body, indent=1)) if as_json else page.show(_text(evaluation, body))
     remarks.remark(f"record: {path}")
+    if failures:
+        raise QuantkitError("; ".join(failures))
 
 
 def _text(evaluation: Evaluation, body: dict[str, Any]) -> str:
     protocol = body["protocol"]
 
-    def known(error: float) -> str:  # one window leaves it open
-        return f" ± {error:.4f}" if protocol["windows"] > 1 else ""
+    def known(error: float | None) -> str:  # one window leaves it open
+        return "" if error is None else f" ± {error:.4f}"
 
     rows = [
         [

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
 
 import click
 
 from quantkit.cli import options, remarks
 
 
+def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
 @click.command("generate")
 @options.model_and("PROMPT")
-@click.option("--max-new-tokens", "-n", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--max-new-tokens", "-n", type=click.IntRange(1, options.MOST_TOKENS), default=128, show_default="128"
+)
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.0, callback=_finite, show_default=True,
+    help="0 is greedy.",
+)  # fmt: skip
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, callback=_finite, show_default=True
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--chat", is_flag=True, help="Wrap PROMPT in the model's chat template.")
 @click.option("--scheme", metavar="NAME", help="Quantize to this in memory first.")
 @options.kv_bits

@@ -86,11 +86,19 @@ def command(
     """
     from quantkit.errors import SchemeError
     from quantkit.measure import cells as grids
+    from quantkit.records import check_output
 
     if grid and quick:
         raise click.UsageError("--grid and --quick exclude each other: choose one")
+    if (grid or quick) and (contexts or kv_bits or kv_group or batches or chunks):
+        raise click.UsageError(
+            "--grid and --quick have their own contexts, KV caches, batches and chunks: choose among them by "
+            "--scheme alone, or leave out --grid and --quick"
+        )
     if traced and (calibrate or verdicts or events):
         raise click.UsageError("--trace has no GPU to calibrate, to fill or to record: leave one out")
+    for path in filter(None, (output, events)):
+        check_output(path)
     subject = options.find_model(model)
     config = subject.config
     if subject.schemes:
@@ -113,13 +121,12 @@ def command(
         every = [*chosen, *grids.repeats(chosen, own_processes)]
         memories = [size.nbytes for size in verdicts]
         body = _measure(config, _model_name(model, subject), every, attention, calibrate, memories, output)
-    _write(output, body)
+    try:
+        _write(output, body)
+    finally:  # what took long is shown, too, where the record cannot be written
+        click.echo(json.dumps(body, indent=1)) if as_json else page.show(_text(body))
     if output:
         remarks.remark(f"record: {output}")
-    if as_json:
-        click.echo(json.dumps(body, indent=1))
-    else:
-        page.show(_text(body))
 
 
 def _write(path: Path | None, body: dict[str, Any]) -> None:

@@ -192,7 +192,7 @@ def find_model(name: str) -> Subject:
         if on_hub is None:
             warn(f"{name} has no safetensors on the Hub: its shapes are those of config.json, unchecked")
         return Subject(config, on_hub)
-    if not path.exists():
+    if not (name and path.exists()):  # an empty name would be the current directory
         raise ConfigError(
             f"unknown model {name!r}: presets are {', '.join(PRESETS)}; or name {EMBEDDED_MODEL}, a directory "
             "with config.json, a .gguf file, or a model on the Hugging Face Hub as owner/name"

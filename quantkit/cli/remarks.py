@@ -51,7 +51,8 @@ def remark(text: str) -> None:
 
 def progress(label: str, length: int) -> Progress:
     """Return a progress line on stderr, hidden by --quiet and where that is no terminal."""
-    return Progress(label, length, hidden=is_quiet() or not sys.stderr.isatty())
+    terminal = sys.stderr and sys.stderr.isatty()  # None where it is closed
+    return Progress(label, length, hidden=is_quiet() or not terminal)
 
 
 class Progress:

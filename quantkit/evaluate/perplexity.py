@@ -19,6 +19,7 @@ from quantkit.models.decoder import Decoder
 
 _TOKENS_PER_BATCH = 4096
 _LOGITS_PER_CHUNK = 1 << 24
+MOST_NLL = 300.0  # nats; float64 still holds the square of its exponential times a window's sum
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ class Windows:
             QuantkitError: not one window is filled.
         """
         if len(ids) < self.window:
-            raise QuantkitError(f"the text has {len(ids):,} tokens, fewer than one window of {self.window:,}")
+            raise QuantkitError(
+                f"the text has {len(ids):,} tokens, fewer than one window of {self.window:,}: use a shorter --window, "
+                "a longer text or more --limit-tokens"
+            )
         return torch.tensor(ids).unfold(0, self.window, self.stride)
 
 
@@ -57,7 +61,7 @@ class Score:
 
     Attributes:
         nll: mean negative log-likelihood of a token, in nats.
-        nll_standard_error: of that mean, over windows; 0 with a single window.
+        nll_standard_error: of that mean, over windows; None with a single window.
         tokens_scored: tokens the mean is over.
         seconds: wall time of the forward passes.
         window_nll: each window's sum of NLL: float64 (n,).
@@ -65,26 +69,31 @@ class Score:
     """
 
     nll: float
-    nll_standard_error: float
+    nll_standard_error: float | None
     tokens_scored: int
     seconds: float
     window_nll: torch.Tensor = field(repr=False)
     window_tokens: torch.Tensor = field(repr=False)
 
     @property
+    def has_perplexity(self) -> bool:
+        """Whether there is one to compare: logits that are not finite give none, nor does a mean NLL beyond 300."""
+        return self.nll <= MOST_NLL
+
+    @property
     def perplexity(self) -> float:
         return math.exp(self.nll)
 
     @property
-    def standard_error(self) -> float:
-        """Standard error of the perplexity, to first order."""
-        return self.perplexity * self.nll_standard_error
+    def standard_error(self) -> float | None:
+        """Standard error of the perplexity, to first order; None with a single window."""
+        return None if self.nll_standard_error is None else self.perplexity * self.nll_standard_error
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens_scored / self.seconds
 
-    def difference_standard_error(self, other: Score) -> float:
+    def difference_standard_error(self, other: Score) -> float | None:
         """Return the standard error of this perplexity minus another's on the same windows, to first order.
 
         The windows are paired: what is hard for both models alike cancels.
@@ -148,10 +157,10 @@ def token_nll(
     return torch.cat(pieces, dim=1)
 
 
-def _standard_error(residuals: torch.Tensor, sizes: torch.Tensor) -> float:
-    """Standard error of a ratio of sums over windows, which are taken as independent; 0 for a single one."""
+def _standard_error(residuals: torch.Tensor, sizes: torch.Tensor) -> float | None:
+    """Standard error of a ratio of sums over windows, which are taken as independent; None for a single one."""
     windows = len(residuals)
     if windows < 2:
-        return 0.0
+        return None
     variance = residuals.square().sum() / (windows - 1) / windows
     return float(variance.sqrt() / sizes.mean())

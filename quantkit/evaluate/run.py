@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from quantkit.errors import QuantkitError, SchemeError
 from quantkit.estimate import Workload
-from quantkit.evaluate.perplexity import Score, Windows, batch_of, perplexity
+from quantkit.evaluate.perplexity import MOST_NLL, Score, Windows, batch_of, perplexity
 from quantkit.evaluate.texts import Text
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.kernels.ops import choose_backend, device_name
@@ -40,7 +40,8 @@ class Evaluation:
         window: ids a window holds; None means 2048 or the model's context, whichever is less.
         stride: None means the window.
         limit_tokens: use only the first ids; None means all.
-        kv_bits: bits of the KV caches that each precision is run with; None means the compute dtype's.
+        kv_bits: bits of the KV caches that each precision is run with, widest first whatever the order here; None
+            means the compute dtype's.
         kv_group: elements of a head that share a scale of the cache; 0 is the whole head.
         dtype: compute dtype; None means the checkpoint's.
         device: `cpu` or `cuda`.
@@ -62,7 +63,8 @@ class Evaluation:
         device: str = "cpu",
     ) -> None:
         self.device, self.backend = device, choose_backend("auto", device)
-        self.checkpoint, self.text, self.kv_bits, self.kv_group = checkpoint, text, kv_bits, kv_group
+        self.checkpoint, self.text, self.kv_group = checkpoint, text, kv_group
+        self.kv_bits = sorted(set(kv_bits), key=lambda bits: -(bits or 32))  # differences are to the first
         self.dtype = dtype or checkpoint.config.dtype
         window = window or min(DEFAULT_WINDOW, checkpoint.config.max_context)
         self.windows = Windows(window, stride or window)
@@ -86,26 +88,44 @@ class Evaluation:
         exclude: Sequence[str] = (),
         indivisible: Indivisible = "short",
         progress: Callable[[int], None] | None = None,
+        failed: Callable[[str], None] | None = None,
     ) -> list[Result]:
         """Score the original, then each of `schemes`.
 
+        `failed` is told of what has no perplexity; the original, to which all are compared, must have one.
+
         Raises:
             SchemeError: a pattern matches nothing, or the original is quantized already.
+            QuantkitError: there is no perplexity, and `failed` is not told of it.
         """
         config = self.checkpoint.config
         if schemes and self.checkpoint.schemes:
             raise SchemeError(f"{config.name} is quantized already; evaluate it without --scheme")
         plans = [(scheme, plan_weights(config, scheme, include, exclude, indivisible)) for scheme in schemes]
         stored = dict.fromkeys(scheme.name for scheme in self.checkpoint.schemes.values())
-        results = self._scores("+".join(stored) or self.dtype, self.dtype, {}, progress)
-        for scheme, plan in plans:
-            results += self._scores(scheme.name, scheme.dtype or self.dtype, plan, progress)
+        runs: list[tuple[str, str, dict[str, QuantScheme]]]
+        runs = [("+".join(stored) or self.dtype, self.dtype, {})]
+        runs += [(scheme.name, scheme.dtype or self.dtype, plan) for scheme, plan in plans]
+        results: list[Result] = []
+        for name, dtype, plan in runs:
+            for result in self._scores(name, dtype, plan, progress):
+                if result.score.has_perplexity:
+                    results.append(result)
+                    continue
+                line = (
+                    f"{name} with a {result.kv_bits}-bit KV cache has no perplexity: the mean NLL of a token is "
+                    f"{result.score.nll:.6g}, not a number up to {MOST_NLL:g}; look at its weights, or try another "
+                    "--dtype"
+                )
+                if failed is None or not results:
+                    raise QuantkitError(line)
+                failed(line)
         return results
 
     def _scores(
         self, name: str, dtype: str, plan: dict[str, QuantScheme], progress: Callable[[int], None] | None
-    ) -> list[Result]:
-        results, window = [], self.windows.window
+    ) -> Iterator[Result]:
+        window = self.windows.window
         runs = Workload(window, batch_of(window), self.kv_bits[0], self.kv_group, window)
         with in_memory(self.checkpoint.config, dtype, plan or self.checkpoint.schemes, runs):
             decoder = load(self.checkpoint, dtype, plan, self.device)
@@ -113,8 +133,7 @@ class Evaluation:
                 bits = decoder.new_cache(1, 1, kv_bits, self.kv_group).bits
                 score = perplexity(decoder, self.ids, self.windows, kv_bits, progress, self.kv_group)
                 group = self.kv_group if bits < 16 else 0
-                results.append(Result(name, bits, group, decoder.weights_bytes, score))
-        return results
+                yield Result(name, bits, group, decoder.weights_bytes, score)
 
     def body(self, results: Sequence[Result]) -> dict[str, Any]:
         """Return the record's body: model, protocol and results."""

@@ -34,13 +34,13 @@ def python_reference() -> Text:
 
 
 def text_file(path: Path) -> Text:
-    """Return a UTF-8 text file.
+    """Return a UTF-8 text file as it is, its line ends and a byte order mark, too.
 
     Raises:
         QuantkitError: it cannot be read, or is not UTF-8.
     """
     try:
-        return Text(path.name, path.read_text(encoding="utf-8"))
+        return Text(path.name, path.read_bytes().decode())
     except UnicodeDecodeError as error:
         raise QuantkitError(f"{path} is not UTF-8 text: byte {error.start:,} cannot be decoded") from None
     except OSError as error:

@@ -8,7 +8,9 @@ JSON object as uint8 bytes, and, double-quantized, `X.weight.nested_absmax` and
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
+from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any
 
 from quantkit.config import DTYPE_NAMES
@@ -85,17 +87,20 @@ def stored_scheme(
         CheckpointError: a part is missing, contradicts the shape, or is of an unknown kind.
     """
     state = _state(weight, entries, read_bytes)
-    if state.get("quant_type") != "nf4" or tuple(state.get("shape", ())) != shape:
+    if state.get("quant_type") != "nf4" or state.get("shape") != list(shape):
         raise CheckpointError(
-            f"{weight}: its quant_state says {state.get('quant_type')} {state.get('shape')}, "
+            f"{weight}: its quant_state says {shown(state.get('quant_type'))} {shown(state.get('shape'))}, "
             f"but nf4 {list(shape)} is needed"
         )
     nested = f"{weight}.nested_absmax" in entries
     if nested and state.get("nested_blocksize") != NESTED_GROUP:
         raise CheckpointError(
-            f"{weight}: nested_blocksize {state.get('nested_blocksize')} is not {NESTED_GROUP}"
+            f"{weight}: nested_blocksize {shown(state.get('nested_blocksize'))} is not {NESTED_GROUP}"
         )
-    scheme = nf4_scheme(int(state["blocksize"]), nested)
+    offset = state.get("nested_offset") if nested else 0
+    if not isinstance(offset, int | float) or not abs(offset) <= sys.float_info.max:
+        raise CheckpointError(f"{weight}: nested_offset of its quant_state is {shown(offset)}, not a number")
+    scheme = nf4_scheme(state["blocksize"], nested)
     blocks = -(-shape[0] * shape[1] // scheme.group)
     wanted = {"": (shape[0] * shape[1] + 1) // 2, ".absmax": blocks * (1 if nested else 4)}
     if nested:
@@ -159,8 +164,9 @@ def _state(weight: str, entries: Mapping[str, Entry], read_bytes: Callable[[str]
         )
     try:
         state = json.loads(read_bytes(name))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name} holds no JSON: {error}") from None
-    if not isinstance(state, dict) or not isinstance(state.get("blocksize"), int):
-        raise CheckpointError(f"{name} holds no quant_state with a blocksize")
+    block = state.get("blocksize") if isinstance(state, dict) else None
+    if type(block) is not int or block <= 0:
+        raise CheckpointError(f"{name} holds no quant_state with a blocksize above 0")
     return state

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any
 
 from calculators.units import ceil_div
+from quantkit.config import json_object
 from quantkit.errors import CheckpointError
 from quantkit.formats.safetensors import FLOAT_DTYPES, Entry
 from quantkit.schemes import QuantScheme, int_scheme
@@ -86,50 +88,84 @@ class Groups:
     """The `config_groups` of a checkpoint that someone quantized.
 
     Raises:
-        CheckpointError: the format or a group is of a kind quantkit does not compute with.
+        CheckpointError: the format or a group is of a kind quantkit does not compute with, or broken.
+        ConfigError: something that must be an object is none.
     """
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         if config.get("format") != "pack-quantized":
             raise CheckpointError(
-                f"{where}: compressed-tensors format {config.get('format')!r} is not supported; only pack-quantized is"
+                f"{where}: compressed-tensors format {shown(config.get('format'))} is not supported; "
+                "only pack-quantized is"
             )
         self._where = where
-        self._groups = [
-            (list(group.get("targets") or []), self._scheme(name, group))
-            for name, group in (config.get("config_groups") or {}).items()
-        ]
+        self._schemes: dict[str, QuantScheme] = {}  # by target; the last group that names one wins
+        groups = json_object(config, "config_groups", where)
+        for name in groups:
+            group = json_object(groups, name, f"{where}: config_groups")
+            scheme = self._scheme(name, group)
+            self._schemes |= dict.fromkeys(self._targets(name, group), scheme)
+
+    def _targets(self, name: str, group: Mapping[str, Any]) -> list[str]:
+        targets = group.get("targets")
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise CheckpointError(
+                f"{self._where}: targets of {name} is {shown(targets)}, not a list of names"
+            )
+        for target in filter(_is_pattern, targets):
+            try:
+                re.compile(target.removeprefix("re:"))
+            except re.error as error:
+                raise CheckpointError(
+                    f"{self._where}: the target {target!r} of {name} is no regular expression: {error}"
+                ) from None
+        return targets
 
     def _scheme(self, name: str, group: Mapping[str, Any]) -> QuantScheme:
-        weights = group.get("weights") or {}
-        bits, strategy = weights.get("num_bits"), weights.get("strategy")
-        if weights.get("type", "int") != "int" or bits not in (4, 8) or strategy not in ("group", "channel"):
+        weights = json_object(group, "weights", f"{self._where}: {name}")
+        kind, bits, strategy = weights.get("type", "int"), weights.get("num_bits"), weights.get("strategy")
+        known = kind == "int" and strategy in ("group", "channel")
+        if not known or type(bits) is not int or bits not in (4, 8):
             raise CheckpointError(
-                f"{self._where}: {name} holds {weights.get('type')} weights of {bits} bits by {strategy}; "
-                "supported are int weights of 4 or 8 bits by group or channel"
+                f"{self._where}: {name} holds {shown(kind)} weights of {shown(bits)} bits by "
+                f"{shown(strategy)}; supported are int weights of 4 or 8 bits by group or channel"
             )
         if group.get("input_activations"):
             raise CheckpointError(f"{self._where}: {name} quantizes activations too, which is not supported")
-        symmetric = bool(weights.get("symmetric", True))
+        symmetric = weights.get("symmetric", True)
+        if not isinstance(symmetric, bool):
+            raise CheckpointError(
+                f"{self._where}: symmetric of {name} is {shown(symmetric)}; it must be true or false"
+            )
         if bits == 8 and not symmetric:
             raise CheckpointError(f"{self._where}: {name} holds asymmetric int8, which is not supported")
-        return int_scheme(bits, int(weights["group_size"]) if strategy == "group" else 0, symmetric)
+        if strategy == "channel":
+            return int_scheme(bits, 0, symmetric)
+        size = weights.get("group_size")
+        if type(size) is not int or size <= 0:
+            raise CheckpointError(
+                f"{self._where}: group_size of {name} is {shown(size)}; it must be a whole number above 0"
+            )
+        return int_scheme(bits, size, symmetric)
 
     def scheme_of(self, module: str) -> QuantScheme:
-        """Return the scheme of a module: a group that names it, else the one for every Linear."""
-        for targets, scheme in self._groups:
-            if any(_targets(target, module) for target in targets):
-                return scheme
-        for targets, scheme in self._groups:
-            if "Linear" in targets:
-                return scheme
+        """Return the scheme of a module as compressed-tensors chooses it, over the targets of all groups.
+
+        The module's name goes before regular expressions, and these, in the order of their strings, before
+        `Linear` (its `utils/match.py`, match_targets).
+        """
+        if module in self._schemes:
+            return self._schemes[module]
+        for target in sorted(filter(_is_pattern, self._schemes)):
+            if re.match(target.removeprefix("re:"), module):
+                return self._schemes[target]
+        if "Linear" in self._schemes:
+            return self._schemes["Linear"]
         raise CheckpointError(f"{self._where}: no config group targets {module}, yet it is stored packed")
 
 
-def _targets(target: str, module: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), module) is not None
-    return target == module
+def _is_pattern(target: str) -> bool:
+    return target.startswith("re:")
 
 
 def stored_scheme(
@@ -150,6 +186,10 @@ def stored_scheme(
             raise CheckpointError(
                 f"{weight}{part} {found}; {scheme.name} {list(shape)} needs {'/'.join(kinds)} {list(part_shape)}"
             )
+    if scheme.symmetric and f"{weight}_zero_point" in entries:
+        raise CheckpointError(
+            f"{weight}_zero_point is stored, but config.json says that {weight} is {scheme.name}, without zero points"
+        )
     if f"{weight}_g_idx" in entries:
         raise CheckpointError(f"{weight}_g_idx: columns in activation order are not supported")
     return scheme

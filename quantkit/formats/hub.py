@@ -7,17 +7,19 @@ in its cache. The shapes are checked against the config as those of a local chec
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from quantkit.config import ModelConfig, TensorSpec, config_from_dict, read_json
+from calculators.units import ceil_div
+from quantkit.config import ModelConfig, TensorSpec, config_from_dict, json_object, read_json
 from quantkit.errors import CheckpointError
 from quantkit.formats import bitsandbytes
 from quantkit.formats.huggingface import HuggingFaceCheckpoint, quantization_of, with_stored_dtype
-from quantkit.formats.safetensors import DTYPE_BYTES, Entry
+from quantkit.formats.safetensors import Entry, checked_entry
 from quantkit.schemes import NESTED_GROUP
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from quantkit.formats.checkpoint import ReadFile
     from quantkit.models.tokenizer import Tokenizer
     from quantkit.tensor import QuantizedTensor
+
+# bitsandbytes' block sizes; a small matrix fits several, and 64 is the usual one
+_BLOCKS = (64, 32, 128, 256, 512, 1024, 2048, 4096)
 
 
 def open_hub(repo_id: str) -> tuple[ModelConfig, HubCheckpoint | None]:
@@ -122,15 +127,7 @@ def _entries(repo_id: str, metadata: SafetensorsRepoMetadata) -> dict[str, Entry
     found = {}
     for file, header in metadata.files_metadata.items():
         for name, info in header.tensors.items():
-            entry = Entry(info.dtype, tuple(info.shape), *info.data_offsets)
-            expected = DTYPE_BYTES.get(entry.dtype, 0)
-            for size in entry.shape:
-                expected *= size
-            if entry.dtype not in DTYPE_BYTES or entry.nbytes != expected:
-                raise CheckpointError(
-                    f"{repo_id}/{file}: {name} takes {entry.nbytes:,} bytes as {entry.dtype} {list(entry.shape)}"
-                )
-            found[name] = entry
+            found[name] = checked_entry(name, vars(info), f"{repo_id}/{file}")
     return found
 
 
@@ -166,12 +163,20 @@ class HubCheckpoint(HuggingFaceCheckpoint):
         """Return the quant_state of a bitsandbytes matrix as its headers and config.json imply it."""
         weight = name.removesuffix(bitsandbytes.STATE)
         spec = next(spec for spec in self.config.tensors if spec.name == weight)
-        blocks = self._entries[f"{weight}.absmax"].shape[0]
+        blocks = math.prod(self._entries[f"{weight}.absmax"].shape)
+        block = next((size for size in _BLOCKS if ceil_div(spec.elements, size) == blocks), None)
+        if block is None:
+            raise CheckpointError(
+                f"{self.path}: {weight}.absmax has {blocks:,} elements; no block size of bitsandbytes "
+                f"cuts {spec.elements:,} weights into as many blocks"
+            )
+        config = json_object(self.raw_config, "quantization_config", f"{self.path}/config.json")
         state = {
-            "quant_type": self.raw_config.get("quantization_config", {}).get("bnb_4bit_quant_type"),
-            "blocksize": -(-spec.elements // blocks),
+            "quant_type": config.get("bnb_4bit_quant_type"),
+            "blocksize": block,
             "shape": list(spec.shape),
             "nested_blocksize": NESTED_GROUP,
+            "nested_offset": 0.0,  # stands in the file, out of reach
         }
         return json.dumps(state).encode()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any
 
 from quantkit.config import ModelConfig, TensorSpec, config_from_dict, json_object, read_json
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from quantkit.models.tokenizer import Tokenizer
     from quantkit.tensor import QuantizedTensor
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _TOKENIZER_FILES = (
@@ -131,12 +133,19 @@ class HuggingFaceCheckpoint(Checkpoint):
 
 
 def _open_shards(path: Path) -> list[SafetensorsFile]:
-    """Open the shards that the index names, or the directory's one file; headers only."""
-    index_path = path / INDEX
+    """Open `model.safetensors`, or the shards that the index names, or the directory's one file; headers only."""
+    index_path, single = path / INDEX, path / SINGLE
+    if single.exists():  # as transformers does: whatever else lies there belongs to other programs
+        return [SafetensorsFile(single)]
     if index_path.exists():
         weight_map = read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index_path} has no weight_map")
+        for tensor, name in weight_map.items():
+            if not isinstance(name, str):
+                raise CheckpointError(
+                    f"{index_path} says that {tensor} lies in {shown(name)}, which is no file name"
+                )
         files = {name: _open_shard(path / name, index_path) for name in sorted(set(weight_map.values()))}
         for tensor, name in weight_map.items():
             if tensor not in files[name].entries:
@@ -146,7 +155,7 @@ def _open_shards(path: Path) -> list[SafetensorsFile]:
     if len(found) == 1:
         return [SafetensorsFile(found[0])]
     if found:
-        raise CheckpointError(f"{path} has {len(found)} safetensors files but no {INDEX}")
+        raise CheckpointError(f"{path} has {len(found)} safetensors files but neither {SINGLE} nor {INDEX}")
     pickles = sorted(file for pattern in _PICKLES for file in path.glob(pattern))
     if pickles:
         raise CheckpointError(
@@ -174,7 +183,7 @@ def quantization_of(raw_config: Mapping[str, Any], where: str) -> compressed_ten
     if method == "bitsandbytes" and config.get("load_in_4bit"):
         return None
     raise CheckpointError(
-        f"{where}: quantization method {method!r} is not supported; known are compressed-tensors (pack-quantized) "
+        f"{where}: quantization method {shown(method)} is not supported; known are compressed-tensors (pack-quantized) "
         "and bitsandbytes (4 bit)"
     )
 

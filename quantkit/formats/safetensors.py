@@ -9,13 +9,16 @@ pages given back and tensors written one at a time, hence this reader and writer
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 from collections import deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from reprlib import repr as shown
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from quantkit.errors import CheckpointError
 
@@ -35,6 +38,7 @@ _TORCH_NAMES = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # the format's own limit
+_LFS_POINTER = b"version https://git-lfs"
 _ALIGNMENT = 8
 _WAITING_BYTES = 128 << 20  # that may wait to be written
 _SYNCED_BYTES = 256 << 20  # that are written before they are sent to the disk: the end need not wait for all
@@ -54,6 +58,38 @@ class Entry:
         return self.end - self.start
 
 
+def checked_entry(name: str, value: Any, where: str, data_start: int = 0) -> Entry:
+    """Return what a header says of a tensor.
+
+    Args:
+        name: of the tensor.
+        value: its `dtype`, `shape` and `data_offsets`.
+        where: named in error messages.
+        data_start: the byte from which offsets count.
+
+    Raises:
+        CheckpointError: one of them is missing or of the wrong kind, or they contradict each other.
+    """
+    fields = value if isinstance(value, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise CheckpointError(f"{where}: {name} has the unknown dtype {shown(dtype)}")
+    if not _are_sizes(shape):
+        raise CheckpointError(f"{where}: {name} has the shape {shown(shape)}, not a list of whole numbers")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{where}: {name} has the data_offsets {shown(offsets)}, not two whole numbers")
+    begin, end = offsets
+    if end - begin != DTYPE_BYTES[dtype] * math.prod(shape):
+        raise CheckpointError(
+            f"{where}: {name} takes {end - begin:,} bytes, which {dtype} {shown(shape)} does not"
+        )
+    return Entry(dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def _are_sizes(value: object) -> TypeGuard[Sequence[int]]:
+    return isinstance(value, (list, tuple)) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
 class SafetensorsFile:
     """One file: `entries` by name, and tensors mapped from it.
 
@@ -66,11 +102,17 @@ class SafetensorsFile:
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
+                head = file.read(len(_LFS_POINTER))
+                if head == _LFS_POINTER:
+                    raise CheckpointError(
+                        f"{path} is a Git LFS pointer, not the file itself: run git lfs pull"
+                    )
+                length = int.from_bytes(head[:8], "little")
                 if size < 8 or length > min(size - 8, _MAX_HEADER):
                     raise CheckpointError(
                         f"{path} is truncated or no safetensors file: its header does not fit"
                     )
+                file.seek(8)
                 raw = file.read(length)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
@@ -81,30 +123,34 @@ class SafetensorsFile:
     def _parse(self, raw: bytes, size: int) -> dict[str, Entry]:
         try:
             header = json.loads(raw)
-            header.pop("__metadata__", None)
-            entries = {name: self._entry(name, value) for name, value in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.path} has a broken header: {error}") from None
-        for name, entry in entries.items():
+        if not isinstance(header, dict):
+            raise CheckpointError(f"{self.path} has a broken header: it is no JSON object")
+        header.pop("__metadata__", None)
+        where, start = str(self.path), self._data_start
+        entries = {name: checked_entry(name, value, where, start) for name, value in header.items()}
+        self._check_places(entries, size)
+        return entries
+
+    def _check_places(self, entries: Mapping[str, Entry], size: int) -> None:
+        """Check that the tensors fill the file, each behind the other, as the format demands."""
+        position = self._data_start
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
             if entry.end > size:
                 raise CheckpointError(
                     f"{self.path} is truncated: {name} ends at byte {entry.end:,} of a file of {size:,}"
                 )
-        return entries
-
-    def _entry(self, name: str, value: dict[str, Any]) -> Entry:
-        dtype, shape = value["dtype"], tuple(value["shape"])
-        begin, end = value["data_offsets"]
-        if dtype not in DTYPE_BYTES:
-            raise CheckpointError(f"{self.path}: {name} has the unknown dtype {dtype}")
-        expected = DTYPE_BYTES[dtype]
-        for size in shape:
-            expected *= size
-        if begin < 0 or end - begin != expected:
+            if entry.start != position:
+                found = "overlaps the tensor before it" if entry.start < position else "has a hole before it"
+                raise CheckpointError(
+                    f"{self.path} is corrupt: {name} {found}; it begins at byte {entry.start:,}, not {position:,}"
+                )
+            position = entry.end
+        if position != size:
             raise CheckpointError(
-                f"{self.path}: {name} takes {end - begin:,} bytes, but {dtype} {list(shape)} needs {expected:,}"
+                f"{self.path} is corrupt: {size - position:,} bytes behind the last tensor belong to none"
             )
-        return Entry(dtype, shape, self._data_start + begin, self._data_start + end)
 
     def read_bytes(self, name: str) -> bytes:
         """Return a small tensor's raw bytes, without torch."""

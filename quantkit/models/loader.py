@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantkit.config import TensorSpec
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, SchemeError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.kernels import ops
 from quantkit.kernels.native import Arena
@@ -51,6 +51,7 @@ def load(
     Raises:
         BackendError: the backend cannot run on that device.
         CheckpointError: a weight is NaN or infinite, or `plan` meets a model that is quantized already.
+        SchemeError: a matrix is too large in value for its scheme in `plan`.
     """
     if plan and checkpoint.schemes:
         name, scheme = next(iter(checkpoint.schemes.items()))
@@ -67,7 +68,7 @@ def load(
         beside = repacks and chosen == "native" and spec.name not in quantized
         weight = read_finite(checkpoint, spec, arena.read_file if beside else None)
         if plan and spec.name in plan and isinstance(weight, torch.Tensor):
-            weight = quantize(weight, plan[spec.name], stored)
+            weight = quantize_finite(weight, plan[spec.name], stored, f"{checkpoint.path}: {spec.name}")
         fused, parts = _fused(spec.name)
         if isinstance(weight, torch.Tensor):
             kept = weight.to(stored) if plan else weight
@@ -118,12 +119,36 @@ def read_finite(
     """Read a tensor, as `Checkpoint.read` does, and refuse NaN and infinity by name.
 
     Raises:
-        CheckpointError: the tensor, or the scales of a quantized one, is not finite.
+        CheckpointError: the tensor, or a floating-point part of a quantized one, is not finite.
     """
     weight = checkpoint.read(spec, read_file)
-    values = weight.scales if isinstance(weight, QuantizedTensor) else weight
-    if values.is_floating_point():
-        low, high = torch.aminmax(values)
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise CheckpointError(f"{checkpoint.path}: {spec.name} holds NaN or infinite values")
+    if not _is_finite(weight):
+        raise CheckpointError(f"{checkpoint.path}: {spec.name} holds NaN or infinite values")
     return weight
+
+
+def quantize_finite(
+    weight: torch.Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, where: str
+) -> QuantizedTensor:
+    """Quantize a matrix, as `quantize` does, and refuse one whose scales overflow.
+
+    Raises:
+        SchemeError: the values are too large for the scheme; `where` names the matrix.
+    """
+    quantized = quantize(weight, scheme, scale_dtype)
+    if not _is_finite(quantized):
+        largest = max(abs(value.item()) for value in torch.aminmax(weight))
+        raise SchemeError(
+            f"{where} holds {largest:g}: the scales of {scheme.name} overflow; choose another scheme"
+        )
+    return quantized
+
+
+def _is_finite(weight: torch.Tensor | QuantizedTensor) -> bool:
+    parts = weight.parts().values() if isinstance(weight, QuantizedTensor) else (weight,)
+    return all(
+        bool(torch.isfinite(extreme))
+        for part in parts
+        if part.is_floating_point()
+        for extreme in torch.aminmax(part)
+    )

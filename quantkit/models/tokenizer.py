@@ -125,11 +125,16 @@ class Tokenizer:
             add_bos: whether BOS comes first; None means as the tokenizer does by default.
 
         Raises:
-            TokenizerError: BOS is asked for, but the model has none.
+            TokenizerError: BOS is asked for, but the model has none; or the text holds half a surrogate pair, as
+                Python makes of bytes that are no UTF-8.
         """
         if add_bos and self.bos_id is None:
             raise TokenizerError("this tokenizer has no BOS token to put in front")
         wanted = self._adds_bos if add_bos is None else add_bos
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(f"the text is not valid UTF-8 at character {error.start:,}") from None
         ids = self._backend.encode(text)
         return [self.bos_id, *ids] if wanted and self.bos_id is not None else ids
 

@@ -23,8 +23,7 @@ from quantkit.formats import bitsandbytes, compressed_tensors
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.huggingface import INDEX, HuggingFaceCheckpoint
 from quantkit.formats.safetensors import ShardWriter
-from quantkit.models.loader import TORCH_DTYPES, read_finite
-from quantkit.quantize import quantize
+from quantkit.models.loader import TORCH_DTYPES, quantize_finite, read_finite
 from quantkit.quantize.error import sqnr_db
 from quantkit.quantize.staging import check_space, staged_directory, sync
 from quantkit.schemes import Indivisible, QuantScheme, plan_weights
@@ -96,7 +95,7 @@ def convert(
 
     Raises:
         CheckpointError: the source is quantized, or holds NaN, infinity or what the new dtype cannot hold.
-        SchemeError: the precision cannot be stored for this model.
+        SchemeError: the precision cannot be stored for this model, or its scales overflow.
         OutputError: `out` exists, or cannot be written.
     """
     plan = plan_conversion(checkpoint, scheme, include, exclude, indivisible)
@@ -236,14 +235,14 @@ class _Job:
         """Convert and write one tensor; return its bytes and, where it is a converted matrix, its row."""
         weight = read_finite(self.checkpoint, spec)
         assert isinstance(weight, torch.Tensor)
-        scheme = self.plan.get(spec.name)
+        scheme, where = self.plan.get(spec.name), f"{self.checkpoint.path}: {spec.name}"
         stored: torch.Tensor | QuantizedTensor
         if scheme is not None:
-            stored = quantize(weight, scheme, TORCH_DTYPES[self.dtype])
+            stored = quantize_finite(weight, scheme, TORCH_DTYPES[self.dtype], where)
             for name, part in self._parts(spec.name, stored).items():
                 writer.write(name, part)
         else:
-            stored = _cast(weight, self.dtype, f"{self.checkpoint.path}: {spec.name}")
+            stored = _cast(weight, self.dtype, where)
             writer.write(spec.name, stored)
         recast = (
             isinstance(stored, torch.Tensor) and not self.scheme.quantized and stored.dtype != weight.dtype

@@ -59,7 +59,10 @@ def _quantize_rows(
 def _best_symmetric(
     groups: torch.Tensor, bits: int, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """int8: absmax / 127, codes -127..127, or -128 where that scale is stored coarsely. int4: absmax / 7.5 or what loses less, codes -8..7."""
+    """int8: absmax / 127, codes -127..127, and -128 where that scale is stored coarsely.
+
+    int4: absmax / 7.5 or what loses less, codes -8..7.
+    """
     centre = 2 ** (bits - 1)
     zeros = torch.full(groups.shape[:2], centre, dtype=torch.uint8)
     absmax = groups.abs().amax(dim=-1, keepdim=True)

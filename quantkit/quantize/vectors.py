@@ -65,7 +65,8 @@ def _best_scales(groups: torch.Tensor, bits: int, scale_dtype: torch.dtype) -> t
     peak = torch.maximum(high, low.neg_())
     numbers = torch.arange(KV_SCALES_TRIED, dtype=torch.float32, device=groups.device)
     steps = numbers.mul_(-STEPS_APART[bits]).add_(MOST_STEPS[bits])
-    scales = (peak / steps.view(-1, *(1,) * groups.ndim)).clamp_(smallest_scale(scale_dtype), torch.finfo(scale_dtype).max)
+    scales = peak / steps.view(-1, *(1,) * groups.ndim)
+    scales.clamp_(smallest_scale(scale_dtype), torch.finfo(scale_dtype).max)
     scales = scales.to(scale_dtype).float().copysign_(away)  # (KV_SCALES_TRIED, ..., T, G, 1)
     best = _errors(groups, scales, bits).argmin(dim=0, keepdim=True)
     return scales.gather(0, best)[0].add_(peak.mul_(0))  # adds 0, or NaN where the group is not finite

@@ -10,6 +10,9 @@ from typing import Any
 
 from quantkit.errors import RecordError
 
+_MOST_INTEGER = 2**63 - 1  # what a column of a table holds
+_MOST_NUMBER = 1e200  # what still can be squared, or scaled to a chart
+
 
 @dataclass(frozen=True)
 class Fields:
@@ -31,27 +34,29 @@ class Fields:
         return value if isinstance(value, str) and value else self._refuse(key, value, "a text")
 
     def integer(self, key: str, least: int = 0) -> int:
-        """Return a whole number of at least `least`."""
+        """Return a whole number of at least `least` that 63 bits hold."""
         value = self.get(key)
-        fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        return int(value) if fits else self._refuse(key, value, f"a whole number from {least}")
+        fits = isinstance(value, int) and not isinstance(value, bool) and least <= value <= _MOST_INTEGER
+        return int(value) if fits else self._refuse(key, value, f"a whole number from {least} to 2^63 - 1")
 
     def number(self, key: str) -> float:
-        """Return a finite number."""
+        """Return a finite number, of at most 1e200 either way."""
         value = self.get(key)
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return float(value) if fits else self._refuse(key, value, "a finite number")
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MOST_NUMBER
+        return float(value) if fits else self._refuse(key, value, "a finite number of at most 1e200")
 
     def positive(self, key: str) -> float:
         """Return a finite number above 0."""
         value = self.number(key)
         return value if value > 0 else float(self._refuse(key, value, "above 0"))
 
-    def number_or_none(self, key: str) -> float | None:
-        """Return a finite number, or None where null or NaN stands."""
+    def number_or_none(self, key: str, least: float = -math.inf) -> float | None:
+        """Return a finite number of at least `least`, or None where null or NaN stands."""
         value = self.get(key)
-        unknown = value is None or (isinstance(value, float) and math.isnan(value))
-        return None if unknown else self.number(key)
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return None
+        number = self.number(key)
+        return number if number >= least else float(self._refuse(key, value, f"at least {least:g}, or null"))
 
     def mapping(self, key: str) -> Mapping[str, Any]:
         """Return an object."""

@@ -264,7 +264,8 @@ def _estimate(fields: Fields) -> Estimate:
     names = [name for name in Estimate.__dataclass_fields__ if name not in ("scheme", "allocator_bytes")]
     # the records of 0.1.0's first days did not know the allocator
     allocator = fields.integer("allocator_bytes") if "allocator_bytes" in fields.value else 0
-    sizes = {name: fields.integer(name) for name in names}
+    least = {"kv_bits": 1, "context": 1, "batch": 1}
+    sizes = {name: fields.integer(name, least.get(name, 0)) for name in names}
     estimate = Estimate(fields.text("scheme"), allocator_bytes=allocator, **sizes)
     parts = sum(estimate.component(name) for name in COMPONENTS)
     if parts != estimate.total_bytes:
@@ -278,7 +279,9 @@ def _estimate(fields: Fields) -> Estimate:
 def _perplexity_run(source: Source, body: Fields) -> PerplexityRun:
     protocol = body.fields("protocol")
     known = ("text", "sha256", "window", "stride", "tokens_scored")
-    results = tuple(_result(fields) for fields in body.rows("results"))
+    window, tokens_scored = protocol.integer("window", least=2), protocol.integer("tokens_scored", least=1)
+    single = tokens_scored < window
+    results = tuple(_result(fields, single) for fields in body.rows("results"))
     keys = [(result.scheme, result.kv_bits) for result in results]
     if len(set(keys)) < len(keys):
         raise RecordError(f"{source.path}: body.results holds one scheme more than once")
@@ -289,30 +292,30 @@ def _perplexity_run(source: Source, body: Fields) -> PerplexityRun:
         dtype=body.text("dtype"),
         text=protocol.text("text"),
         sha256=protocol.text("sha256"),
-        window=protocol.integer("window"),
-        stride=protocol.integer("stride"),
-        tokens_scored=protocol.integer("tokens_scored"),
+        window=window,
+        stride=protocol.integer("stride", least=1),
+        tokens_scored=tokens_scored,
         other_protocol=protocol.others(known),
         results=results,
     )
 
 
-def _result(fields: Fields) -> Result:
+def _result(fields: Fields, single: bool) -> Result:
+    """Return a result; a single window leaves its errors open, which records of 0.1.0's first days give as 0."""
+    error = fields.number_or_none("standard_error", least=0)
+    paired = "difference_standard_error"
+    difference_error = fields.number_or_none(paired, least=0) if paired in fields.value else None
     return Result(
         scheme=fields.text("scheme"),
-        kv_bits=fields.integer("kv_bits"),
-        perplexity=fields.number("perplexity"),
+        kv_bits=fields.integer("kv_bits", least=1),
+        perplexity=fields.positive("perplexity"),
         nll=fields.number("nll"),
-        standard_error=fields.number_or_none("standard_error"),
+        standard_error=None if single else error,
         tokens_scored=fields.integer("tokens_scored"),
         weights_bytes=fields.integer("weights_bytes", least=1),
         tokens_per_second=fields.number("tokens_per_second"),
         difference=fields.number_or_none("difference"),
-        difference_standard_error=(
-            fields.number_or_none("difference_standard_error")
-            if "difference_standard_error" in fields.value
-            else None
-        ),
+        difference_standard_error=None if single else difference_error,
     )
 
 

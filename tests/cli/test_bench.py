@@ -65,6 +65,7 @@ def test_the_machine_alone_as_json() -> None:
             ["--scheme", "bf16"],
             "bf16 is not quantized: torch's bf16 runs beside every scheme; name one of int8",
         ),
+        (["-o", "/dev/null/x.json"], "x.json cannot be written: Not a directory"),
         (["--model", "gpt-2"], "unknown model 'gpt-2': presets are mistral-7b-instruct-v0.2"),
         pytest.param(
             ["--llama", "/absent/python"], "/absent/python is no Python to run", marks=needs_extension

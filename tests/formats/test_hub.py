@@ -19,9 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.cli import options
 from quantkit.cli.main import cli
+from quantkit.config import read_json
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats.checkpoint import open_checkpoint
+from quantkit.formats.hub import HubCheckpoint
 from quantkit.formats.huggingface import INDEX
+from quantkit.formats.safetensors import Entry, SafetensorsFile
+from quantkit.quantize.convert import convert
+from quantkit.schemes import SCHEMES
 from tests.checkpoints import tiny_config, write_checkpoint
 
 COMMIT = "0" * 40
@@ -160,6 +165,24 @@ def test_quantized_models_come_as_stored(hub: Hub, plain: Path, tmp_path: Path, 
     assert found[0]["scheme"] == "as-stored"
     assert found == body("estimate", str(out), "--context", "64")["estimates"]
     assert options.find_model("a/quantized").schemes == open_checkpoint(out).schemes
+
+
+@pytest.mark.parametrize(
+    ("blocks", "block"), [(512, 64), (1024, 32), (8, 4096), (511, None), (513, None), (0, None)]
+)
+def test_a_block_size_is_one_that_bitsandbytes_has(
+    blocks: int, block: int | None, plain: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "quantized"
+    convert(open_checkpoint(plain), out, SCHEMES["nf4"])
+    raw, entries = read_json(out / "config.json"), dict(SafetensorsFile(out / "model.safetensors").entries)
+    name = "model.layers.0.mlp.down_proj.weight"
+    entries[f"{name}.absmax"] = Entry("F32", (blocks,), 0, 4 * blocks)
+    if block is None:
+        with pytest.raises(CheckpointError, match=f"{name}.absmax has {blocks} elements; no block size"):
+            HubCheckpoint("a/b", tiny_config(), raw, entries)
+    else:
+        assert HubCheckpoint("a/b", tiny_config(), raw, entries).schemes[name].group == block
 
 
 def split(directory: Path) -> dict[str, str]:

@@ -326,6 +326,9 @@ def test_a_broken_calibration_is_named(content: str) -> None:
     ("arguments", "code", "message"),
     [
         (["--grid", "--quick"], 2, "exclude each other"),
+        (["--quick", "--context", "4k"], 2, "--grid and --quick have their own contexts"),
+        (["--grid", "--kv-group", "4"], 2, "--grid and --quick have their own contexts"),
+        (["--trace", "-o", "/dev/null/x.json"], 1, "x.json cannot be written: Not a directory"),
         (["--trace", "--calibrate"], 2, "no GPU to calibrate"),
         (["--scheme", "int5"], 1, "unknown scheme 'int5'"),
         (["--trace", "--kv-bits", "8", "--kv-group", "7"], 1, "KV group of 7 does not divide"),

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from quantkit.errors import CheckpointError, OutputError, SchemeError
 from quantkit.formats.checkpoint import open_checkpoint
 from quantkit.kernels.reference import dequantize
-from quantkit.models.loader import TORCH_DTYPES
+from quantkit.models.loader import TORCH_DTYPES, read_finite
 from quantkit.quantize import quantize
 from quantkit.quantize.convert import Conversion, convert
 from quantkit.quantize.error import sqnr_db
@@ -233,3 +233,26 @@ def test_stories260k_needs_a_policy_for_its_ffn(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(shared_data("stories260K"))
     with pytest.raises(SchemeError, match=r"K = 172.*no offered group divides every matrix"):
         convert(checkpoint, tmp_path / "out", SCHEMES["int4-g32"])
+
+
+def test_scales_that_overflow_are_refused_by_name(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "model", tiny_config(), "fp32", seed=0)
+    tensors = load_file(source / "model.safetensors")
+    tensors[UP] = tensors[UP].sign() * 3e38
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(SchemeError, match=rf"{UP} holds 3e\+38: the scales of nf4-dq overflow"):
+        convert(open_checkpoint(source), tmp_path / "out", SCHEMES["nf4-dq"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("scheme", "part"), [("int4-g32", "_scale"), ("nf4-dq", ".nested_absmax")])
+def test_scales_that_are_not_finite_are_refused_when_read(scheme: str, part: str, tmp_path: Path) -> None:
+    convert_tiny(tmp_path, scheme)
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[UP + part].view(-1)[1] = math.nan
+    save_file(tensors, file)
+    written = open_checkpoint(tmp_path / "out")
+    spec = next(spec for spec in written.config.tensors if spec.name == UP)
+    with pytest.raises(CheckpointError, match=f"{UP} holds NaN or infinite"):
+        read_finite(written, spec)

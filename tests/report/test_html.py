@@ -25,6 +25,7 @@ from quantkit.presets import PRESETS
 from quantkit.report.html import build_page, grid
 from quantkit.report.runs import read_run
 from quantkit.schemes import SCHEMES
+from tests.checkpoints import tiny_config
 from tests.paths import ROOT
 from tests.report.synthetic import perplexity_body, record
 
@@ -106,6 +107,14 @@ def test_contexts_end_where_the_model_does() -> None:
     assert grid.contexts(PRESETS["mistral-7b-instruct-v0.2"]) == [1024 * n for n in range(1, 33)]
     assert grid.contexts(PRESETS["llama-3.1-8b"])[-1] == 131072
     assert grid.contexts(PRESETS["tinyllama-1.1b"]) == [1024, 2048]
+
+
+def test_a_model_shorter_than_the_first_step_has_its_own_context() -> None:
+    short = tiny_config(max_context=512)
+    assert grid.contexts(short) == [512]
+    (model,) = grid.page_data([short])["models"]
+    assert model["contexts"] == [512]
+    assert model["cells"][0]["activations_bytes"]
 
 
 def test_the_committed_page_is_that_of_the_calculators() -> None:

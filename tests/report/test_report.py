@@ -141,6 +141,8 @@ def changed(body: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("estimates.3", "x", "body.estimates[3] is 'x', no object"),
         ("estimates.3.weights_bytes", ..., "lacks body.estimates[3].weights_bytes"),
         ("estimates.3.weights_bytes", -1, "a whole number from 0"),
+        ("estimates.3.weights_bytes", 2**63, "a whole number from 0 to 2^63 - 1"),
+        ("estimates.3.context", 0, "a whole number from 1"),
         ("estimates.3.total_bytes", 5, "body.estimates[3].total_bytes is 5, but its parts add up to"),
         ("estimates.1", estimate("bf16", 1024, 1), "more than once"),
     ],
@@ -162,7 +164,10 @@ def test_an_estimate_that_lacks_something_is_refused(
         ("dtype", ..., "lacks body.dtype"),
         ("protocol.window", ..., "lacks body.protocol.window"),
         ("results.1.perplexity", ..., "lacks body.results[1].perplexity"),
-        ("results.1.perplexity", float("inf"), "a finite number"),
+        ("results.1.perplexity", 1e201, "a finite number"),
+        ("results.1.perplexity", 0.0, "above 0"),
+        pytest.param("results.1.tokens_per_second", 10**400, "a finite number", id="huge"),
+        ("results.1.standard_error", -0.1, "at least 0, or null"),
         ("results.1.weights_bytes", 0, "a whole number from 1"),
         ("results.1.scheme", "fp32", "more than once"),
     ],
@@ -174,6 +179,24 @@ def test_a_perplexity_that_lacks_something_is_refused(
     with pytest.raises(RecordError) as refusal:
         read_run(file)
     assert said in str(refusal.value)
+
+
+def test_numbers_that_are_not_finite_are_refused_where_a_record_has_them(tmp_path: Path) -> None:
+    file = record(tmp_path, "perplexity", changed(perplexity_body(), "results.1.perplexity", "here"))
+    file.write_text(file.read_text().replace('"here"', "Infinity"))
+    with pytest.raises(RecordError, match="a finite number"):
+        read_run(file)
+
+
+@pytest.mark.parametrize("error", [0.0, None])
+def test_a_single_window_has_no_error(tmp_path: Path, error: float | None) -> None:
+    body = changed(perplexity_body(), "protocol.tokens_scored", 2047)
+    for result in body["results"]:
+        result |= {"standard_error": error, "difference_standard_error": error}
+    run = read_run(record(tmp_path, "perplexity", body))
+    assert isinstance(run, PerplexityRun)
+    assert {result.bar for result in run.results} == {None}
+    assert "±" not in tables.perplexities_markdown(run)
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,13 @@ _FINE, _COARSE, _FINE_UNTIL, _MOST = (
 
 
 def contexts(config: ModelConfig) -> list[int]:
-    """Return the contexts that can be chosen: every 1k to 32k, every 8k to 128k, none beyond the model's own."""
+    """Return the contexts that can be chosen: every 1k to 32k, every 8k to 128k, none beyond the model's own.
+
+    A model whose own is shorter than 1k has that one alone.
+    """
     fine = range(_FINE, _FINE_UNTIL + 1, _FINE)
     coarse = range(_FINE_UNTIL + _COARSE, _MOST + 1, _COARSE)
-    return [tokens for tokens in (*fine, *coarse) if tokens <= config.max_context]
+    return [tokens for tokens in (*fine, *coarse) if tokens <= config.max_context] or [config.max_context]
 
 
 def page_data(models: Sequence[ModelConfig], progress: Callable[[int], None] | None = None) -> dict[str, Any]:
