@@ -239,6 +239,16 @@ def test_choices_show_what_estimate_prints(browser: Browser) -> None:
     )
 
 
+@pytest.mark.parametrize(("scheme", "context"), [("bf16", 8192), ("int8", 32768)])  # one fits, one tightly
+def test_the_smallest_gpu_is_that_of_estimate(browser: Browser, scheme: str, context: int) -> None:
+    browser.open(f"model=mistral-7b-instruct-v0.2&scheme={scheme}&context={context}")
+    said = CliRunner().invoke(cli, ["estimate", "--scheme", scheme, "--context", str(context)]).stdout
+    card = re.search(r"that holds it(, tightly)?,? is the (.*), with", said)
+    assert card
+    expected = f"the {card[2]} is the smallest known GPU that holds it{card[1] or ''}"
+    assert browser.page.inner_text("#verdict") == expected
+
+
 def test_the_slider_moves_the_total_and_the_address(browser: Browser) -> None:
     browser.open("model=mistral-7b-instruct-v0.2&scheme=int8&context=1024")
     seen = []

@@ -220,9 +220,10 @@ class Page {
         facts.push(["decoding", `at most ${calculator.ceiling(choice.gpu).toFixed(1)} tokens/s: its memory's bandwidth, a ceiling and no prediction`]);
       }
     } else {
-      const least = data.gpus.findIndex((_, i) => calculator.verdict(calculator.cell({ gpu: i }).total, i).margin >= 0);
+      const words = data.gpus.map((_, i) => calculator.verdict(calculator.cell({ gpu: i }).total, i).word);
+      const least = words.findIndex((word) => word !== "no");
       const name = least < 0 ? "more than any known GPU has" :
-        `the ${data.gpus[least].name} is the smallest known GPU that holds it`;
+        `the ${data.gpus[least].name} is the smallest known GPU that holds it${words[least] === "tight" ? ", tightly" : ""}`;
       $("verdict").replaceChildren(name);
     }
     $("facts").replaceChildren(...facts.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)]));
