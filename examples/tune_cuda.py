@@ -6,7 +6,8 @@ Runs the matrices of one layer of Mistral-7B, for every scheme that has launches
 128, 256 and 512 rows or those named. Of every launch it notes the time, whether two runs gave the same bits, and the
 relative error; the fastest of each matrix, all of it right, is printed. `tuning.py` is where such a launch goes.
 
-What OUT.json holds already is not tried again: after a launch that takes the GPU from the process, run it once more.
+What OUT.json holds already is not tried again: after a launch that takes the GPU from the process, run it once more,
+and after a change of `tuning.py` name another file.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from quantkit.kernels import ops, reference
 from quantkit.kernels.triton import TiledWeight, launcher
 from quantkit.kernels.triton.tuning import Batch
 from quantkit.presets import DEFAULT_PRESET, PRESETS
+from quantkit.records import write_text
 from quantkit.schemes import get_scheme
 
 Note = dict[str, Any]
@@ -49,6 +51,10 @@ PROGRAMS = (132, 264)
 AWAY = 4  # times the second-level cache: what the copies of a matrix take at least
 ROUNDS = 7
 RIGHT = 1e-2  # relative error of products in bfloat16; a wrong one has 1
+
+
+class GpuLost(Exception):
+    """After this launch CUDA runs nothing more in this process."""
 
 
 def launches() -> list[Batch]:
@@ -86,7 +92,7 @@ def tried(
     """Yield what came of every launch for one matrix at each number of rows of x, but for what is `known`.
 
     Raises:
-        RuntimeError: a launch, that of the last note, took the GPU from this process.
+        GpuLost: a launch, that of the last note, took the GPU from this process.
     """
     weight = random_quantized(shape, get_scheme(scheme), device.torch_device)
     exact = reference.dequantize(weight, torch.float32)
@@ -115,7 +121,10 @@ def tried(
                 note["failed"] = reason(error)
             yield note
             if "failed" in note:
-                device.release()  # which fails where nothing more can run
+                try:
+                    device.release()
+                except RuntimeError as error:  # nothing more can run
+                    raise GpuLost(f"{launch} took the GPU: {reason(error)}") from None
 
 
 def best(notes: Sequence[Note]) -> Note | None:
@@ -147,11 +156,9 @@ def main(out: str, scheme: str | None = None, *rows: str) -> None:
         try:
             for note in tried(device, name, matrix, shape, counts, batches, away_bytes, notes):
                 notes.append(note)
-                path.write_text(json.dumps(notes, indent=1) + "\n")
-        except RuntimeError as error:
-            raise SystemExit(
-                f"{notes[-1]['launch']} took the GPU: {reason(error)}; run again to go on"
-            ) from None
+                write_text(path, json.dumps(notes, indent=1) + "\n")
+        except GpuLost as error:
+            raise SystemExit(f"{error}; run again to go on") from None
         for m in counts:
             some = [
                 note for note in notes if (note["scheme"], note["matrix"], note["m"]) == (name, matrix, m)

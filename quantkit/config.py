@@ -319,12 +319,12 @@ def _kv_heads(need: _Needed, architecture: str, heads: int) -> int:
 
 
 def _token_ids(raw: Mapping[str, Any], key: str, where: str) -> tuple[int, ...]:
-    """Return the ids under `key`: one, a list of them, or none."""
+    """Return the ids under `key`: one, a list of them, or none; -1 is none, too."""
     value = raw.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int and 0 <= token < 2**63 for token in ids):
+    if not all(type(token) is int and -1 <= token < 2**63 for token in ids):
         raise ConfigError(f"{where}: {key!r} is {shown(value)}, not a token id or a list of them")
-    return tuple(ids)
+    return tuple(token for token in ids if token >= 0)
 
 
 def _architecture(raw: Mapping[str, Any], where: str) -> str:

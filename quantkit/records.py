@@ -123,7 +123,7 @@ def read_record(path: Path) -> Record:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} cannot be read as a record: {error}") from None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise RecordError(f"{path} is no quantkit record: its 'format' is not {FORMAT!r}")
@@ -136,6 +136,15 @@ def read_record(path: Path) -> Record:
         return Record(**{name: value[name] for name in Record.__dataclass_fields__})
     except KeyError as error:
         raise RecordError(f"{path} lacks the field {error}") from None
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is a record that this quantkit reads."""
+    try:
+        read_record(path)
+    except RecordError:
+        return False
+    return True
 
 
 def _environment() -> dict[str, str]:

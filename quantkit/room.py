@@ -48,7 +48,7 @@ def _line(
     try:
         name, (free, total) = torch.cuda.get_device_name(), torch.cuda.mem_get_info()
     except RuntimeError:  # no memory for a context
-        return f"out of memory before {config.name} was loaded: nvidia-smi shows what else holds the GPU's"
+        return f"out of memory before {config.name} was loaded: nvidia-smi shows what else takes the GPU's memory"
     try:
         platform = calibrated(name, platform_of(find_gpu(name)))
     except ValueError:

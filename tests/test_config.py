@@ -190,6 +190,13 @@ def test_a_file_that_is_no_json_object_is_named(content: str, tmp_path: Path) ->
         config_from_json(tmp_path / "config.json")
 
 
+def test_a_token_id_of_minus_one_is_none() -> None:
+    config = config_from_dict(
+        hf_config(tiny_config(), "bf16") | {"eos_token_id": -1, "bos_token_id": -1}, "tiny", "here"
+    )
+    assert (config.bos_token_id, config.eos_token_ids) == (None, ())
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -198,7 +205,7 @@ def test_a_file_that_is_no_json_object_is_named(content: str, tmp_path: Path) ->
         ("vocab_size", float("inf")),
         ("architectures", "LlamaForCausalLM"),
         ("eos_token_id", "</s>"),
-        ("eos_token_id", -1),
+        ("eos_token_id", -2),
         ("bos_token_id", True),
         ("num_hidden_layers", 10**9),
         ("vocab_size", 10**400),

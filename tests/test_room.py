@@ -83,7 +83,7 @@ def test_no_memory_for_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
-    assert line("bf16", {}, Workload(1)).endswith("nvidia-smi shows what else holds the GPU's")
+    assert line("bf16", {}, Workload(1)).endswith("nvidia-smi shows what else takes the GPU's memory")
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("can't allocate memory")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,6 +132,7 @@ def cuda(
     from quantkit.bench.cuda.device import Cuda
     from quantkit.bench.cuda.run import Plan, run
     from quantkit.bench.shapes import schemes_named, shapes
+    from quantkit.errors import OutputError
 
     plan = Plan(
         schemes=schemes_named(schemes),
@@ -140,8 +142,9 @@ def cuda(
     )
 
     def save(found: CudaBench) -> None:
-        if output:
-            _write(output, found)
+        with suppress(OutputError):  # a full disk may have room again; the last time, it is said
+            if output:
+                _write(output, found)
 
     device = Cuda()
     with remarks.progress("measuring", plan.steps) as bar:

@@ -65,8 +65,9 @@ def _headline(report: Report, scheme: str) -> str:
         return f"{needed}{each}: more than any one card known here holds."
     card, found = holding
     it = "it, tightly," if found.word == TIGHT else "it"
-    usable = f"{format_gib(card.usable_bytes)} GiB"
-    return f"{needed}{each}: the smallest common card that holds {it} is the {card.name}, with {usable}."
+    taken = format_gib(card.usable_bytes - where.reserve - found.margin_bytes)
+    there = f"{taken} of {format_gib(card.usable_bytes)} GiB there"
+    return f"{needed}{each}: the smallest common card that holds {it} is the {card.name}, {there}."
 
 
 def _smallest_card(report: Report, entry: MemoryEstimate) -> tuple[GPU, Verdict] | None:

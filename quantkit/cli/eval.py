@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,7 @@ def command(
     wanted = list(dict.fromkeys(get_scheme(name) for name in schemes))
     checkpoint = options.open_weights(model)
     path = output or Path(f"perplexity-{checkpoint.config.name}.json")
-    if path.resolve() in {read.resolve() for read in (checkpoint.path, text) if read}:
+    if _is_input(path, checkpoint.path, text):
         raise OutputError(f"{path} is what is evaluated; choose another file for the record")
     check_output(path)
     source = (
@@ -108,7 +109,8 @@ def command(
         dtype,
         choose_device(device),
     )
-    for scheme in [one for one in wanted if one.dtype == evaluation.dtype]:
+    plain = not checkpoint.schemes
+    for scheme in [one for one in wanted if plain and one.dtype == evaluation.dtype]:
         remarks.remark(f"{scheme.name}: what the original is computed in, so it is not evaluated twice")
         wanted.remove(scheme)
     if evaluation.windows.window > checkpoint.config.max_context:
@@ -130,6 +132,18 @@ def command(
     remarks.remark(f"record: {path}")
     if failures:
         raise QuantkitError("; ".join(failures))
+
+
+def _is_input(path: Path, model: Path, text: Path | None) -> bool:
+    """Whether a record at `path` would replace the text, or a file of the model that is no record itself."""
+    place, source = os.path.realpath(path), os.path.realpath(model)
+    if place == source or (text and place == os.path.realpath(text)):
+        return True
+    if os.path.dirname(place) != source or not path.is_file():
+        return False
+    from quantkit.records import is_record
+
+    return path.suffix != ".json" or not is_record(path)
 
 
 def _text(evaluation: Evaluation, body: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
 @click.command("generate")
 @options.model_and("PROMPT")
 @click.option(
-    "--max-new-tokens", "-n", type=click.IntRange(1, options.MOST_TOKENS), default=128, show_default="128"
+    "--max-new-tokens", "-n", type=click.IntRange(1, options.MOST_TOKENS), default=128, show_default=True
 )
 @click.option(
     "--temperature", type=click.FloatRange(0), default=0.0, callback=_finite, show_default=True,
@@ -28,7 +28,7 @@ def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
 @click.option(
     "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, callback=_finite, show_default=True
 )
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), default=0, show_default=True)
 @click.option("--chat", is_flag=True, help="Wrap PROMPT in the model's chat template.")
 @click.option("--scheme", metavar="NAME", help="Quantize to this in memory first.")
 @options.kv_bits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +152,7 @@ def _measure(
     output: Path | None,
 ) -> dict[str, Any]:
     """Run every cell, and write what there is after each process: a long run may be cut short."""
+    from quantkit.errors import OutputError
     from quantkit.measure import cells as grids
     from quantkit.measure import cuda
 
@@ -164,13 +166,12 @@ def _measure(
         }
         return made
 
+    def save(part: Measurement) -> None:
+        with suppress(OutputError):  # a full disk may have room again; the last time, it is said
+            _write(output, body(part))
+
     with remarks.progress("measuring", len(cells)) as bar:
-        found = cuda.measure(
-            config,
-            grids.jobs(model, cells, attention),
-            bar.update,
-            save=lambda part: _write(output, body(part)),
-        )
+        found = cuda.measure(config, grids.jobs(model, cells, attention), bar.update, save=save)
     if calibrate:
         remarks.remark(f"calibration: {_calibrate(found)}")
     complete = body(found)

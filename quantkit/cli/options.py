@@ -218,6 +218,10 @@ def open_weights(name: str) -> Checkpoint:
     from quantkit.formats.checkpoint import open_checkpoint
 
     path = embedded_path(name) or Path(name)
+    if not name:
+        raise CheckpointError(
+            f"no model is named: name {EMBEDDED_MODEL}, a directory with config.json, or a .gguf file"
+        )
     if not path.exists() and name.lower() in PRESETS:
         raise CheckpointError(
             f"{name} is a preset, shapes without weights: name {EMBEDDED_MODEL}, a model directory with "

@@ -186,7 +186,10 @@ def stored_scheme(
             raise CheckpointError(
                 f"{weight}{part} {found}; {scheme.name} {list(shape)} needs {'/'.join(kinds)} {list(part_shape)}"
             )
-    if scheme.symmetric and f"{weight}_zero_point" in entries:
+    zeros = entries.get(
+        f"{weight}_zero_point"
+    )  # one of another shape is what symmetric files once held: zeros
+    if scheme.symmetric and zeros and zeros.shape == (ceil_div(rows * scheme.bits, 32), n_groups):
         raise CheckpointError(
             f"{weight}_zero_point is stored, but config.json says that {weight} is {scheme.name}, without zero points"
         )

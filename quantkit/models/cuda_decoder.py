@@ -120,7 +120,8 @@ class CudaDecoder:
 
         Returns:
             The final, normed states (B, hidden) and the logits (B, vocab), in the compute dtype. The next token of
-            this cache overwrites both. Graphs share cuBLAS' workspace: tokens of different caches run on one stream.
+            this cache overwrites both. Graphs share a workspace of cuBLAS: tokens of different caches must
+            run on one stream.
         """
         with torch.cuda.device_of(self._layers.embedding):
             outputs = self._run(cache).token(ids, cache.length)
@@ -206,12 +207,16 @@ class Run:
         """Warm up, which writes only where this token will, and capture."""
         with captures.alone:
             current, side = torch.cuda.current_stream(), captures.stream
+            if captures.failed:  # while this one waited
+                return
             side.wait_stream(current)
-            with torch.cuda.stream(side):
-                for _ in range(_WARM_UPS):
-                    self._run()
-                    self._position.sub_(1)
-            current.wait_stream(side)
+            try:
+                with torch.cuda.stream(side):
+                    for _ in range(_WARM_UPS):
+                        self._run()
+                        self._position.sub_(1)
+            finally:  # what it launched before it failed, too, runs before anything else
+                current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
@@ -260,12 +265,13 @@ class Run:
 
 
 class _Captures:
-    """Where the graphs of a device are captured.
+    """What the graphs of a device share when they are captured.
 
     Attributes:
         stream: one for all of them, since cuBLAS keeps a workspace for each that it has seen.
         alone: held by the one that captures.
-        failed: whether one could not be captured. CUDA may leave much behind then, so no other is tried.
+        failed: whether one could not be captured, but for a lack of memory, which may pass. CUDA may leave much behind
+            then, so no other is tried.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -276,7 +282,7 @@ class _Captures:
 
 @lru_cache
 def _captures(device: torch.device) -> _Captures | None:
-    """Return those of a device; Triton's interpreter has no graphs."""
+    """Return what graphs of a device share; Triton's interpreter has none."""
     return _Captures(device) if device.type == "cuda" else None
 
 

@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from calculators.hardware import GPUS, Overhead, Platform, find_gpu, platform_of
+from calculators.units import format_gib
 from quantkit.cli.main import cli, explain
 from quantkit.errors import CheckpointError, ConfigError, QuantkitError, SchemeError
 from quantkit.presets import PRESETS
@@ -105,11 +106,14 @@ def test_four_bits_open_with_one_sentence() -> None:
 def test_the_card_that_is_named_is_the_smallest_that_holds_it(scheme: str, more: tuple[str, ...]) -> None:
     """As --gpu says of each."""
     asked = ("--scheme", scheme, "--context", "12k", *more)
-    card = re.search(r"holds (it|it, tightly,) is the (.*), with", run(*asked).stdout.splitlines()[0])
+    said = run(*asked).stdout.splitlines()[0]
+    card = re.search(r"holds (it|it, tightly,) is the (.*), (.*) of (.*) GiB there", said)
     assert card is not None
+    gpu = find_gpu(card[2])
     verdicts = {gpu: body(*asked, "--gpu", gpu.name)["estimates"][0] for gpu in GPUS}
-    assert verdicts[find_gpu(card[2])]["verdict"] == ("fits" if card[1] == "it" else "tight")
-    smaller = [gpu for gpu in GPUS if gpu.usable_bytes < find_gpu(card[2]).usable_bytes]
+    assert verdicts[gpu]["verdict"] == ("fits" if card[1] == "it" else "tight")
+    assert (card[3], card[4]) == (format_gib(verdicts[gpu]["total_bytes"]), format_gib(gpu.usable_bytes))
+    smaller = [each for each in GPUS if each.usable_bytes < gpu.usable_bytes]
     assert not any(verdicts[gpu]["fits"] for gpu in smaller)
 
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from quantkit.cli.eval import _is_input
 from quantkit.cli.main import cli
 from quantkit.errors import CheckpointError, OutputError, QuantkitError, SchemeError, TokenizerError
 from quantkit.kernels import ops
 from quantkit.models.decoder import Decoder
-from quantkit.records import Record, read_record
+from quantkit.records import Record, new_record, read_record, write_record
 from quantkit.report.runs import PerplexityRun, read_run
+from tests.checkpoints import tiny_config, write_checkpoint
 from tests.paths import shared_data
 
 RESULT_KEYS = {
@@ -115,6 +117,21 @@ def test_what_cannot_be_written_is_refused_before_the_model_runs(
     Path("perplexity-stories260K.json").mkdir()
     assert isinstance(run(*stories[:-1]).exception, OutputError)  # the default place
     assert text.read_text().startswith("Once upon a time")
+
+
+def test_a_record_replaces_no_file_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantkit.evaluate.run.load", None)
+    model = write_checkpoint(tmp_path / "model", tiny_config(), "bf16", seed=0)
+    for name in ("model.safetensors", "config.json"):
+        before = (model / name).read_bytes()
+        result = run("eval", model, "-o", model / name)
+        assert isinstance(result.exception, OutputError)
+        assert "is what is evaluated" in str(result.exception)
+        assert (model / name).read_bytes() == before
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert not _is_input(tmp_path / "loop", model, None)
+    write_record(model / "perplexity.json", new_record("perplexity", {}))
+    assert not _is_input(model / "perplexity.json", model, None)
 
 
 def test_what_was_computed_is_shown_even_if_it_cannot_be_written(

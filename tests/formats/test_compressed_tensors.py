@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.utils import match_targets
 from safetensors.torch import load_file, save_file
 
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.formats.checkpoint import open_checkpoint
-from quantkit.formats.compressed_tensors import Groups
+from quantkit.formats.compressed_tensors import Groups, stored_scheme
 from quantkit.formats.huggingface import quantization_of
+from quantkit.formats.safetensors import Entry
 from quantkit.quantize.convert import convert
 from quantkit.schemes import SCHEMES
 from tests.checkpoints import tiny_config, write_checkpoint
 
+match_targets = pytest.importorskip("compressed_tensors.utils").match_targets
 DOWN = "model.layers.0.mlp.down_proj"
 
 
@@ -91,6 +92,19 @@ def test_zero_points_of_a_symmetric_scheme_are_refused(tmp_path: Path) -> None:
     (tmp_path / "out" / "config.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match=r"weight_zero_point is stored, but .* is int4-g32, without"):
         open_checkpoint(tmp_path / "out")
+
+
+def test_zeros_that_symmetric_files_once_held_are_passed_over() -> None:
+    entries = {
+        f"w{part}": Entry(dtype, shape, 0, 0)
+        for part, dtype, shape in (
+            ("_packed", "I32", (64, 32)), ("_scale", "BF16", (64, 1)), ("_shape", "I64", (2,)),
+            ("_zero_point", "I8", (64, 1)),
+        )
+    }  # fmt: skip
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}
+    groups = Groups({"format": "pack-quantized", "config_groups": {"group_0": group}}, "config.json")
+    assert stored_scheme("w", (64, 128), entries, groups) == SCHEMES["int8"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 
-from quantkit.errors import BackendError
+from quantkit.errors import BackendError, is_device_out_of_memory
 
 _LONGEST = 200  # characters of what Triton says, whose reason comes last
 _ALIGNMENT = 16  # bytes, and what a number is divisible by
@@ -71,6 +71,8 @@ def _compile(
     try:
         return kernel.warmup(*arguments, grid=grid, **constants)
     except RuntimeError as error:
+        if is_device_out_of_memory(error):
+            raise
         raise triton.TritonError(str(error)) from error
 
 

@@ -220,10 +220,13 @@ class Page {
         facts.push(["decoding", `at most ${calculator.ceiling(choice.gpu).toFixed(1)} tokens/s: its memory's bandwidth, a ceiling and no prediction`]);
       }
     } else {
-      const words = data.gpus.map((_, i) => calculator.verdict(calculator.cell({ gpu: i }).total, i).word);
+      const totals = data.gpus.map((_, i) => calculator.cell({ gpu: i }).total);
+      const words = totals.map((total, i) => calculator.verdict(total, i).word);
       const least = words.findIndex((word) => word !== "no");
+      const smallest = data.gpus[least];
       const name = least < 0 ? "more than any known GPU has" :
-        `the ${data.gpus[least].name} is the smallest known GPU that holds it${words[least] === "tight" ? ", tightly" : ""}`;
+        `the smallest known GPU that holds it${words[least] === "tight" ? ", tightly," : ""} is the ${smallest.name}, ` +
+        `${gib(totals[least])} of ${gib(smallest.usable_bytes)} GiB there`;
       $("verdict").replaceChildren(name);
     }
     $("facts").replaceChildren(...facts.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)]));
