@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantkit.cli import options, page, remarks
+from quantkit.cli.output import check, finish, keep
 
 if TYPE_CHECKING:
     from quantkit.bench.cuda.results import AnyBench, CudaBench
@@ -83,7 +82,7 @@ def cpu(
     machine changes both sides; still, nothing else should run. torch's threads are used: OMP_NUM_THREADS.
     """
     wanted = _parts(sections, models)
-    _check(output)
+    check(output)
     if llama and "models" not in wanted:
         raise click.UsageError("--llama belongs to the models: add --only models")
     if folder and not llama:
@@ -104,7 +103,7 @@ def cpu(
     )
     with remarks.progress("measuring", plan.steps) as bar:
         found = run(plan, bar.update)
-    _finish(found, output, as_json)
+    finish(output, "bench", asdict(found), as_json, lambda: _text(found))
 
 
 @command.command("cuda")
@@ -128,11 +127,10 @@ def cuda(
     with each new figure, so that a run that is cut short keeps what it measured.
     """
     wanted = _parts(sections, models)
-    _check(output)
+    check(output)
     from quantkit.bench.cuda.device import Cuda
     from quantkit.bench.cuda.run import Plan, run
     from quantkit.bench.shapes import schemes_named, shapes
-    from quantkit.errors import OutputError
 
     plan = Plan(
         schemes=schemes_named(schemes),
@@ -142,14 +140,12 @@ def cuda(
     )
 
     def save(found: CudaBench) -> None:
-        with suppress(OutputError):  # a full disk may have room again; the last time, it is said
-            if output:
-                _write(output, found)
+        keep(output, "bench", asdict(found))
 
     device = Cuda()
     with remarks.progress("measuring", plan.steps) as bar:
         found = run(plan, device, bar.update, save)
-    _finish(found, output, as_json)
+    finish(output, "bench", asdict(found), as_json, lambda: _text(found))
 
 
 def _parts(sections: Sequence[str], models: Sequence[str]) -> set[str]:
@@ -162,31 +158,6 @@ def _parts(sections: Sequence[str], models: Sequence[str]) -> set[str]:
 
 def _configs(models: Sequence[str]) -> tuple[ModelConfig, ...]:
     return tuple(options.find_model(name).config for name in models)
-
-
-def _check(output: Path | None) -> None:
-    """Refuse a record that could not be written, before anything is measured."""
-    if output:
-        from quantkit.records import check_output
-
-        check_output(output)
-
-
-def _finish(found: AnyBench, output: Path | None, as_json: bool) -> None:
-    """Write the record if one is wanted, and print what was found, even where it cannot be written."""
-    try:
-        if output:
-            _write(output, found)
-    finally:
-        click.echo(json.dumps(asdict(found), indent=1)) if as_json else page.show(_text(found))
-    if output:
-        remarks.remark(f"record: {output}")
-
-
-def _write(output: Path, found: AnyBench) -> None:
-    from quantkit.records import new_record, write_record
-
-    write_record(output, new_record("bench", asdict(found)))
 
 
 def _text(found: AnyBench) -> str:

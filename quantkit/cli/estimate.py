@@ -19,7 +19,6 @@ from quantkit.cli.machine import (
     Machine,
     assumptions,
     machine,
-    refuse_idle_group,
     stored_rows,
     workload,
 )
@@ -123,7 +122,7 @@ def command(
     [default: mistral-7b-instruct-v0.2].
     """
     _refuse_combinations(machine, check, explained, as_json, as_csv)
-    refuse_idle_group(workload)
+    options.refuse_idle_group(workload.kv_group, [workload.kv_bits])
     subject = options.find_model(model)
     chosen = _schemes(subject.config, bits, schemes)
     policy = (include, exclude, options.as_indivisible(indivisible))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantkit.cli import bars, options, page, remarks
+from quantkit.cli.output import check, finish
 from quantkit.embedded import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
@@ -81,12 +81,10 @@ def command(
     if text and dataset:
         raise click.UsageError("--text and --dataset exclude each other: name one text")
     caches = [int(bits) for bits in kv_bits]
-    if kv_group and not {8, 4} & {*caches}:
-        raise click.UsageError("--kv-group needs --kv-bits 8 or 4: other caches have no scales")
+    options.refuse_idle_group(kv_group, caches)
     from quantkit.errors import OutputError, QuantkitError
     from quantkit.evaluate import run, texts
     from quantkit.kernels.ops import choose_device
-    from quantkit.records import check_output, new_record, write_record
     from quantkit.schemes import get_scheme
 
     wanted = list(dict.fromkeys(get_scheme(name) for name in schemes))
@@ -94,7 +92,7 @@ def command(
     path = output or Path(f"perplexity-{checkpoint.config.name}.json")
     if _is_input(path, checkpoint.path, text):
         raise OutputError(f"{path} is what is evaluated; choose another file for the record")
-    check_output(path)
+    check(path)
     source = (
         texts.text_file(text) if text else texts.hub_dataset(dataset) if dataset else texts.python_reference()
     )
@@ -125,11 +123,7 @@ def command(
         policy = options.as_indivisible(indivisible)
         results = evaluation.run(wanted, include, exclude, policy, bar.update, failures.append)
     body = evaluation.body(results)
-    try:
-        write_record(path, new_record("perplexity", body))
-    finally:  # what took long is shown, too, where the record cannot be written
-        click.echo(json.dumps(body, indent=1)) if as_json else page.show(_text(evaluation, body))
-    remarks.remark(f"record: {path}")
+    finish(path, "perplexity", body, as_json, lambda: _text(evaluation, body))
     if failures:
         raise QuantkitError("; ".join(failures))
 

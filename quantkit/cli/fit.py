@@ -20,7 +20,6 @@ from quantkit.cli.machine import (
     attention,
     machine,
     overhead,
-    refuse_idle_group,
     stored_rows,
     workload,
 )
@@ -75,7 +74,7 @@ def command(
             "or a precision by --scheme for a table of GPUs"
         )
     if machine.memory is None or workload.kv_bits is not None:
-        refuse_idle_group(workload)
+        options.refuse_idle_group(workload.kv_group, [workload.kv_bits])
     subject = options.find_model(model)
     config, share = subject.config, machine.share(subject.config)
     run = replace(workload, context=context or min(DEFAULT_CONTEXT, config.max_context))

@@ -275,9 +275,3 @@ def stored_rows(subject: options.Subject, share: ModelConfig, where: Machine) ->
     scheme = replace(SCHEMES[share.dtype], name=AS_STORED)
     stored = None if where.gpus > 1 else checkpoint.stored_bytes
     return [Estimator(share, scheme, checkpoint.schemes, stored, where.platform())]
-
-
-def refuse_idle_group(run: Workload) -> None:
-    """Refuse --kv-group where the cache has no scales."""
-    if run.kv_group and run.kv_bits not in (8, 4):
-        raise click.UsageError("--kv-group needs --kv-bits 8 or 4: other caches have no scales")

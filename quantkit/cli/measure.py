@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import click
 
 from calculators.units import format_bytes, format_gib, format_tokens
 from quantkit.cli import options, page, remarks
+from quantkit.cli.output import check, finish, keep
 from quantkit.config import ModelConfig
 from quantkit.presets import DEFAULT_PRESET
 
@@ -87,7 +87,6 @@ def command(
     """
     from quantkit.errors import SchemeError
     from quantkit.measure import cells as grids
-    from quantkit.records import check_output
 
     if grid and quick:
         raise click.UsageError("--grid and --quick exclude each other: choose one")
@@ -98,8 +97,8 @@ def command(
         )
     if traced and (calibrate or verdicts or events):
         raise click.UsageError("--trace has no GPU to calibrate, to fill or to record: leave one out")
-    for path in filter(None, (output, events)):
-        check_output(path)
+    for path in (output, events):
+        check(path)
     subject = options.find_model(model)
     config = subject.config
     if subject.schemes:
@@ -122,19 +121,7 @@ def command(
         every = [*chosen, *grids.repeats(chosen, own_processes)]
         memories = [size.nbytes for size in verdicts]
         body = _measure(config, _model_name(model, subject), every, attention, calibrate, memories, output)
-    try:
-        _write(output, body)
-    finally:  # what took long is shown, too, where the record cannot be written
-        click.echo(json.dumps(body, indent=1)) if as_json else page.show(_text(body))
-    if output:
-        remarks.remark(f"record: {output}")
-
-
-def _write(path: Path | None, body: dict[str, Any]) -> None:
-    if path:
-        from quantkit.records import new_record, write_record
-
-        write_record(path, new_record("measure", body))
+    finish(output, "measure", body, as_json, lambda: _text(body))
 
 
 def _model_name(model: str, subject: options.Subject) -> str:
@@ -152,7 +139,6 @@ def _measure(
     output: Path | None,
 ) -> dict[str, Any]:
     """Run every cell, and write what there is after each process: a long run may be cut short."""
-    from quantkit.errors import OutputError
     from quantkit.measure import cells as grids
     from quantkit.measure import cuda
 
@@ -167,8 +153,7 @@ def _measure(
         return made
 
     def save(part: Measurement) -> None:
-        with suppress(OutputError):  # a full disk may have room again; the last time, it is said
-            _write(output, body(part))
+        keep(output, "measure", body(part))
 
     with remarks.progress("measuring", len(cells)) as bar:
         found = cuda.measure(config, grids.jobs(model, cells, attention), bar.update, save=save)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from inspect import cleandoc
 from pathlib import Path
@@ -112,6 +112,12 @@ _exclude = click.option(
     metavar="PATTERN",
     help="Leave these as they are, such as '*.v_proj'.",
 )
+
+
+def refuse_idle_group(group: int, caches: Collection[int | None]) -> None:
+    """Refuse --kv-group where no cache, of so many bits each, has scales."""
+    if group and not {8, 4} & {*caches}:
+        raise click.UsageError("--kv-group needs --kv-bits 8 or 4: other caches have no scales")
 
 
 def policy(command: Command) -> Command:

@@ -19,7 +19,7 @@ from quantkit.models.decoder import Decoder
 
 _TOKENS_PER_BATCH = 4096
 _LOGITS_PER_CHUNK = 1 << 24
-MOST_NLL = 300.0  # nats; float64 still holds the square of its exponential times a window's sum
+MOST_NLL = 300.0  # nats: a perplexity that float64 still squares, as standard errors do
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ in_the_interpreter_and_on_a_gpu = pytest.mark.parametrize(
 )
 
 
-def run_cases(file: str, device: str) -> None:
+def run_cases(file: str, device: str) -> subprocess.CompletedProcess[str]:
     if find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -33,16 +33,15 @@ def run_cases(file: str, device: str) -> None:
     elif not torch.cuda.is_available():
         pytest.skip("no CUDA GPU is visible to PyTorch")
     program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    return subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def _patch_once() -> None:
     """Spare the interpreter a third of its time.
 
-    It exchanges what triton.language holds for its own when a kernel is launched, until the kernel ends, and again
-    whenever the kernel calls a function. That changes nothing, but for what functions of Triton's own see
-    (triton.language.core), which stays exchanged.
+    It puts its own functions into triton.language when a kernel is launched, and takes them out when that ends. It puts
+    them in again at every call of a function by the kernel, which is needed once at most: Triton's own functions look
+    into triton.language.core, where they stay.
     """
     from triton.runtime.interpreter import InterpretedFunction
 

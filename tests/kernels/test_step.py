@@ -23,7 +23,8 @@ TESTED = {"norm_kernel", "swiglu_kernel", "heads_kernel", "attention_kernel", "c
 @in_the_interpreter_and_on_a_gpu
 @pytest.mark.parametrize("file", ["tests/kernels/step_cases.py", "tests/models/cuda_decoder_cases.py"])
 def test_a_token_meets_the_operators(file: str, device: str) -> None:
-    run_cases(file, device)
+    done = run_cases(file, device)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture

@@ -37,7 +37,8 @@ def random_matrix(scheme: QuantScheme, shape: tuple[int, int]) -> QuantizedTenso
 @in_the_interpreter_and_on_a_gpu
 @pytest.mark.parametrize("file", ["triton_cases.py", "row_cases.py"])
 def test_the_kernels_meet_the_oracle(file: str, device: str) -> None:
-    run_cases(f"tests/kernels/{file}", device)
+    done = run_cases(f"tests/kernels/{file}", device)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_importing_the_package_needs_no_triton() -> None:

@@ -37,9 +37,8 @@ MATRICES: dict[str, Callable[[], torch.Tensor]] = {
     "halves": lambda: torch.arange(-256, 256).view(4, 128) / 2,  # between codes
     "denormal": lambda: randn(8, 128) * 1e-40,
     "greatest": lambda: torch.full((4, 128), 3e38) * randn(4, 128).sign(),
-    "quiet": lambda: (
-        randn(64, 256) * torch.logspace(-7, -2, 64)[:, None]
-    ),  # down to float16's subnormal scales
+    # down to scales that are subnormal in float16
+    "quiet": lambda: randn(64, 256) * torch.logspace(-7, -2, 64)[:, None],
     "mixed": mixed,
 }
 
