@@ -140,7 +140,8 @@ def cuda(
     )
 
     def save(found: CudaBench) -> None:
-        keep(output, "bench", asdict(found))
+        if output:  # else all that was found would be copied with each figure, for nothing
+            keep(output, "bench", asdict(found))
 
     device = Cuda()
     with remarks.progress("measuring", plan.steps) as bar:
